@@ -1,0 +1,63 @@
+"""The Python face of the commands: `qirl.train(config, rewards=[fn])` and its siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qirl import config as configuration
+from qirl.paths import find_config
+from qirl.rewards.protocol import Reward
+
+Source = str | Path | dict | configuration.Section | None
+
+
+def load_config(kind: str, source: Source = None, **overrides: Any) -> configuration.Section:
+    """The checked config of a run of `kind` ("pretrain", "train" or "evaluate").
+
+    source: a YAML file or the name of a shipped one ("digits/t2i"), a dict, a config, or None for the defaults;
+    overrides: `policy__group=16` or `**{"policy.group": 16}`. Raises UserError as `qirl.config.load` does.
+    """
+    if isinstance(source, configuration.Section):
+        source = source.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(source, (str, Path)):
+        source = find_config(source)
+    return configuration.load(kind, source, [f"{k.replace('__', '.')}={_text(v)}" for k, v in overrides.items()])
+
+
+def _text(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def pretrain(config: Source = None, quiet: bool = False, **overrides: Any) -> Path:
+    """Trains a base model; returns its model folder. See `qirl pretrain`."""
+    from qirl.pretraining import pretrain as run
+
+    return run(load_config("pretrain", config, **overrides), quiet).folder.path / "model"
+
+
+def train(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
+    """Reinforcement learning of config.model.path against `rewards` (none: the world's own); returns the model folder.
+
+    A reward takes a list of `qirl.rewards.protocol.Sample` and returns one {component: score in [0, 1]} per sample.
+    """
+    from qirl.policy.trainer import train as run
+
+    return run(load_config("train", config, **overrides), rewards, quiet).folder.path / "model"
+
+
+def evaluate(config: Source, quiet: bool = False, **overrides: Any) -> dict:
+    """Scores a model on held-out prompts; returns {guidance: results}. See `qirl evaluate`."""
+    from qirl.evaluation.evaluate import evaluate as run
+
+    return run(load_config("evaluate", config, **overrides), quiet)
+
+
+def sample(model: str | Path, prompts: Sequence[str], **options: Any):
+    """Draws one image per prompt: uint8 [n, H, W, 3]. See `qirl sample` for the options."""
+    from qirl.evaluation.evaluate import sample as run
+
+    return run(str(model), list(prompts), **options)

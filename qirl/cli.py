@@ -1,0 +1,234 @@
+"""The command line: `qirl quickstart | pretrain | train | evaluate | sample | report | export | options | doctor`.
+
+What a user can mend is one line on standard error and exit code 2; other exceptions keep their traceback. Works the
+same under torchrun, where only rank 0 speaks. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from qirl import __version__
+from qirl.errors import UserError
+
+app = typer.Typer(
+    name="qirl",
+    help="Reinforcement learning for image diffusion transformers. Start with `qirl quickstart`.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+class WithOptions(TyperCommand):
+    """A command of a config: its help ends with every option of that config."""
+
+    def format_help(self, ctx, formatter) -> None:
+        super().format_help(ctx, formatter)
+        from qirl.tables import print_options
+
+        print_options(self.name)
+
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped config such as digits/t2i")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.OPTION=VALUE", help="options over those of the file"),
+]
+Out = Annotated[str | None, typer.Option(help="run folder, over run.out; the same command continues it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what it costs; start nothing")]
+
+
+def main() -> None:
+    """The entry point of `qirl` and `python -m qirl`."""
+    app(prog_name="qirl")
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str, **where) -> None:
+    if first():
+        print(text, flush=True, **where)
+
+
+@contextlib.contextmanager
+def told(resumes: bool = False) -> Iterator[None]:
+    """Turns what the user can mend into one line and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        say(f"qirl: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        more = "; the same command continues from the last checkpoint" if resumes else ""
+        say(f"qirl: interrupted{more}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"qirl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quickstart(
+    out: Annotated[
+        str, typer.Option(help="folder of the whole job; the same command continues it")
+    ] = "runs/quickstart",
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of every random draw")] = 0,
+) -> None:
+    """The whole job on two CPU cores: real handwriting, a small base model, RL, evaluation, report."""
+    with told(resumes=True):
+        from qirl.quickstart import quickstart as run
+
+        run(out, seed)
+
+
+@app.command(cls=WithOptions)
+def pretrain(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
+    """Train a base model by flow matching."""
+    _run("pretrain", config, overrides, dry_run, out)
+
+
+@app.command(cls=WithOptions)
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
+    """Improve a model by reinforcement learning against rewards."""
+    _run("train", config, overrides, dry_run, out)
+
+
+@app.command(cls=WithOptions)
+def evaluate(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
+    """Score a model on held-out prompts and fresh noise, at several guidance scales."""
+    _run("evaluate", config, overrides, dry_run, out)
+
+
+def _run(kind: str, name: str, overrides: list[str] | None, dry_run: bool, out: str | None) -> None:
+    with told(resumes=kind != "evaluate"):
+        from qirl.config import load
+        from qirl.paths import find_config
+
+        given = [*(overrides or []), *([f"run.out={out}"] if out is not None else [])]
+        config = load(kind, find_config(name), given)
+        if dry_run:
+            if first():
+                from qirl.plan import print_plan
+
+                print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+            return
+        from qirl import api
+
+        result = getattr(api, kind)(config)
+        if kind == "evaluate" and first():
+            from qirl.tables import print_results
+
+            print_results(result)
+        elif kind != "evaluate":
+            say(f"model: {result}\nnext:  qirl report {config.run.out}")
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Ends the process group of torchrun's ranks, which warns where nobody does."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="what to draw, each in quotes")],
+    model: Annotated[str, typer.Option(help="model folder, or a finished run")],
+    out: Annotated[str, typer.Option(help="PNG file for the images, side by side")],
+    guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale; 1 is without")] = 4.0,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="denoising steps")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the noise")] = 0,
+) -> None:
+    """Draw one image per prompt."""
+    with told():
+        from qirl.run.folder import check_writable
+
+        path = Path(out)
+        if path.suffix != ".png" or path.is_dir():
+            raise UserError(f"--out {out}: images are written as PNG; name a file that ends in .png")
+        check_writable(path.parent)
+        from qirl.api import sample as draw
+        from qirl.run.plots import grid
+
+        images = draw(model, prompts, guidance=guidance, steps=steps, seed=seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(images[None], scale=max(1, 128 // images.shape[2]), gap=2).save(path)
+        say(f"{len(images)} images: {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run folders, or a folder that holds some")],
+    out: Annotated[str | None, typer.Option(help="HTML file; default: report.html in the first folder")] = None,
+) -> None:
+    """Write one self-contained HTML page about runs: curves, samples, best and worst of a group."""
+    with told():
+        from qirl.run.folder import check_writable
+        from qirl.run.report import write_report
+        from qirl.run.stages import stages_of, summary_of
+
+        stages = stages_of(runs)
+        path = Path(out) if out is not None else Path(runs[0]) / "report.html"
+        check_writable(path if path.is_dir() else path.parent)
+        say(f"report: {write_report(path, stages, summary_of(runs, stages))}")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="finished run, or model folder")],
+    out: Annotated[str, typer.Option(help="new folder for the model")],
+) -> None:
+    """Copy a run's model as a diffusers folder."""
+    with told():
+        from qirl.engine import find_model
+        from qirl.models.weights import copy_model
+
+        say(f"model: {copy_model(find_model(run), out)}")
+
+
+@app.command()
+def options(
+    command: Annotated[str, typer.Argument(help="pretrain, train or evaluate")],
+    section: Annotated[str | None, typer.Argument(help="one section, such as policy or policy.nft")] = None,
+) -> None:
+    """List the options of a command's config: name, type, default, meaning."""
+    with told():
+        from qirl.tables import print_options
+
+        print_options(command, section)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is usable on this machine, and what each missing part costs."""
+    with told():
+        from qirl.doctor import print_report
+
+        print_report()

@@ -1,0 +1,74 @@
+"""FLOPs and activation memory of the transformer on a pack, by formula and on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.packing import PackedBatch
+from qirl.policy.packs import Layout, Prefix
+
+
+@dataclass(frozen=True)
+class Flops:
+    """matmul: 2 x weights x tokens of every linear layer; attention: 4 x width x (query, key) pairs of every block."""
+
+    matmul: int = 0
+    attention: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.matmul + other.matmul, self.attention + other.attention)
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.matmul * times, self.attention * times)
+
+    def as_dict(self) -> dict[str, int]:
+        return {"matmul": self.matmul, "attention": self.attention, "total": self.matmul + self.attention}
+
+
+def forward_flops(c: QwenImage21Config, body: PackedBatch) -> Flops:
+    """One forward of a pack: with its prefix, of targets only (`without_prefix`), or a prefill (no targets).
+
+    The last block computes nothing but keys and values for prefix tokens. A causal text block counts as whole.
+    """
+    w, channels = c.width, c.out_channels or c.in_channels
+    prefix, targets, text = body.prefix_tokens, body.target_tokens, body.text.shape[0]
+    block = 4 * w * w + 3 * c.mlp_ratio * w * w
+    weights = c.num_layers * (prefix + targets) * block - prefix * (block - 2 * w * w)
+    weights += (
+        text * (c.context_in_dim + w) * w + (prefix - text + targets) * c.in_channels * w + targets * w * channels
+    )
+    rows = len(body.lengths) + 1  # noise levels: each target's, and 0 for prefixes
+    weights += rows * (256 + w + 4 * w + (w if targets else 0)) * w
+    last = _pairs(body.without_prefix()) if targets else 0
+    return Flops(2 * weights, 4 * w * ((c.num_layers - 1) * _pairs(body) + last))
+
+
+def _pairs(body: PackedBatch) -> int:
+    return sum(s.count * s.q_len * s.k_len for s in (*body.own, *body.past))
+
+
+def activation_bytes(model: QwenImage21, layout: Layout, body: PackedBatch) -> int:
+    """Bytes that autograd keeps for the backward of one pack, counted by a forward on the meta device."""
+    device = torch.device("meta")
+    fields = {f.name: getattr(body, f.name) for f in dataclasses.fields(body) if f.name != "memo"}
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    body = PackedBatch(**moved)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    x = torch.empty(body.target_tokens, model.config.in_channels, device=device)
+    t = torch.empty(len(body.lengths), device=device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prefix = Prefix(model, layout, device)
+        model(body, x, t, prefix.leaves)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,196 @@
+"""The digits world: real handwriting, coloured and composed.
+
+scikit-learn's bundled digits (1,797 images of 8x8, by real people) are split by image into three parts that
+never mix: "generator" (what the base model sees), "reward" (the reward's reader) and "judge" (the held-out
+judge). A prompt such as "a red 7 on blue" or "35 in green" names digits, ink and paper; a picture of it is
+16x16 RGB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from qirl.data.prompts import Prompt
+from qirl.data.words import COLOURS, INKS, PAPERS, DigitSpec, contrasting, describe, parse
+from qirl.errors import UserError, nearest
+
+__all__ = [
+    "CATEGORIES", "CHANNELS", "COLOURS", "INKS", "PAPERS", "PARTS", "SIZE", "TOKENS", "UNIFORMS",
+    "DigitSpec", "contrasting", "coverage", "describe", "example", "examples", "fold", "glyphs", "paint",
+    "parse", "prompts", "render", "unfold",
+]  # fmt: skip
+SIZE, TOKENS, CHANNELS = 16, 64, 12  # pixels of a side; a picture as latents
+PARTS = ("generator", "reward", "judge")
+CATEGORIES = ("plain", "colour", "background", "two_digits")
+UNIFORMS = 4  # category, prompt in it, first glyph, second glyph
+
+
+@lru_cache(maxsize=1)
+def _world() -> dict[str, list[DigitSpec]]:
+    """The prompts of every category, in the order that fixes their ids: a change renumbers them."""
+    one, two = [(d,) for d in range(10)], [(d // 10, d % 10) for d in range(10, 100)]
+    pairs = [(ink, paper) for paper in PAPERS if paper != "black" for ink in INKS if contrasting(ink, paper)]
+    return {
+        "plain": [DigitSpec(d) for d in one],
+        "colour": [DigitSpec(d, ink, "black", "colour") for d in one for ink in INKS if ink != "white"],
+        "background": [DigitSpec(d, ink, paper, "background") for d in one for ink, paper in pairs],
+        "two_digits": [DigitSpec(d, ink, "black", "two_digits") for d in two for ink in INKS],
+    }
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(f"digits world 1: {text}".encode()).digest()
+
+
+@lru_cache(maxsize=2)
+def _prompts(split: str) -> tuple[Prompt, ...]:
+    chosen, start = [], 0
+    for category, specs in _world().items():
+        texts = [describe(spec) for spec in specs]
+        held = set(sorted(texts, key=_hash)[: len(texts) // 5])
+        chosen += [
+            Prompt(start + place, text, category)
+            for place, text in enumerate(texts)
+            if (text in held) == (split == "held_out")
+        ]
+        start += len(texts)
+    return tuple(chosen)
+
+
+def prompts(split: str) -> list[Prompt]:
+    """The prompts of a split, "train" or "held_out", ordered by id.
+
+    A fifth of every category (two of the ten plain prompts) is held out and never occurs in train. Categories differ
+    a lot in size: sample by category.
+    Raises UserError for another split.
+    """
+    if split not in ("train", "held_out"):
+        raise UserError(f"prompt split '{split}' is unknown{nearest(split, ('train', 'held_out'))}")
+    return list(_prompts(split))
+
+
+@lru_cache(maxsize=len(PARTS))
+def glyphs(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Handwriting of one part: images float32 [n, 8, 8] in [0, 1], labels int64 [n], ids int64 [n].
+
+    Of each digit's images, ordered by a hash of their number in scikit-learn's data set, the first half is
+    "generator", the next quarter "reward", the rest "judge". The arrays are shared and read-only.
+    Raises UserError for another part.
+    """
+    if part not in PARTS:
+        raise UserError(f"part '{part}' of the handwriting is unknown{nearest(part, PARTS)}")
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    chosen = []
+    for digit in range(10):
+        ids = sorted(np.flatnonzero(data.target == digit).tolist(), key=lambda i: _hash(f"image {i}"))
+        cuts = [0, len(ids) // 2, len(ids) * 3 // 4, len(ids)]
+        place = PARTS.index(part)
+        chosen += ids[cuts[place] : cuts[place + 1]]
+    ids = np.array(sorted(chosen), dtype=np.int64)
+    result = (data.images[ids] / 16).astype(np.float32), data.target[ids].astype(np.int64), ids
+    for array in result:
+        array.setflags(write=False)
+    return result
+
+
+def _resize_matrix(size: int) -> np.ndarray:
+    """Cubic (Catmull-Rom) interpolation from 8 samples to `size`, edges repeated: float32 [size, 8]."""
+    matrix = np.zeros((size, 8))
+    for row in range(size):
+        centre = (row + 0.5) * 8 / size - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            x = abs(centre - tap)
+            weight = 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+            matrix[row, min(max(tap, 0), 7)] += weight
+    return matrix.astype(np.float32)
+
+
+def coverage(images: np.ndarray, count: int) -> np.ndarray:
+    """Ink on each pixel of a glyph's place, one of `count`: float32 [n, 8, 8] -> [n, 16, 16 // count].
+
+    One digit fills the picture; of two, each is 8 wide and 14 high. The contrast is raised so that strokes
+    reach full ink (1) and the gaps bare paper (0).
+    """
+    height = SIZE if count == 1 else SIZE - 2
+    rows, columns = _resize_matrix(height), _resize_matrix(SIZE // count)
+    smooth = np.clip((rows @ images @ columns.T - 0.25) / 0.5, 0, 1)
+    smooth = smooth * smooth * (3 - 2 * smooth)
+    above = (SIZE - height) // 2
+    return np.pad(smooth, ((0, 0), (above, above), (0, 0))).astype(np.float32)
+
+
+def paint(cover: np.ndarray, ink: np.ndarray, paper: np.ndarray) -> np.ndarray:
+    """Colours coverage [..., 16, 16] with RGB ink and paper [..., 3] (0..255): uint8 [..., 16, 16, 3]."""
+    ink, paper = (np.asarray(colour, np.float32)[..., None, None, :] for colour in (ink, paper))
+    return np.rint(paper + cover[..., None] * (ink - paper)).astype(np.uint8)
+
+
+def render(spec: DigitSpec, images: np.ndarray) -> np.ndarray:
+    """Draws `spec` with one glyph a digit: float32 [len(spec.digits), 8, 8] -> uint8 [16, 16, 3]."""
+    assert len(images) == len(spec.digits), f"{len(images)} glyphs for {len(spec.digits)} digits"
+    cover = np.concatenate(list(coverage(images, len(images))), axis=-1)
+    return paint(cover, INKS[spec.ink], PAPERS[spec.paper])
+
+
+@lru_cache(maxsize=1)
+def _bank() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Coverage of all generator glyphs as single digit and as half of two, and their places by digit."""
+    images, labels, _ = glyphs("generator")
+    return coverage(images, 1), coverage(images, 2), [np.flatnonzero(labels == digit) for digit in range(10)]
+
+
+def examples(u: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Training examples of the base model: uniforms [B, 4] in [0, 1) -> B texts, uint8 [B, 16, 16, 3].
+
+    A pure function of `u`, row by row: its columns pick the category (all alike), the prompt in it (train and
+    held-out alike) and the generator glyphs of the first and the second digit.
+    """
+    u = np.asarray(u, dtype=np.float64)
+    assert u.shape == (len(u), UNIFORMS), f"uniforms of shape {u.shape}"
+    assert ((u >= 0) & (u < 1)).all(), "uniforms outside [0, 1)"
+    single, half, by_digit = _bank()
+    texts, covers, inks, papers = [], [], [], []
+    for row in u:
+        options = _world()[CATEGORIES[int(row[0] * len(CATEGORIES))]]
+        spec = options[int(row[1] * len(options))]
+        places = [by_digit[d][int(x * len(by_digit[d]))] for d, x in zip(spec.digits, row[2:], strict=False)]
+        covers.append(single[places[0]] if len(places) == 1 else np.concatenate(half[places], axis=-1))
+        texts.append(describe(spec))
+        inks.append(INKS[spec.ink])
+        papers.append(PAPERS[spec.paper])
+    return texts, paint(np.stack(covers), np.array(inks), np.array(papers))
+
+
+def example(u: Sequence[float]) -> tuple[str, np.ndarray]:
+    """One training example from 4 uniforms in [0, 1): its text and its picture, uint8 [16, 16, 3]."""
+    texts, pictures = examples(np.asarray(u)[None])
+    return texts[0], pictures[0]
+
+
+def fold(images: np.ndarray) -> torch.Tensor:
+    """Pictures to latents: uint8 [B, 16, 16, 3] -> float32 [B, 64, 12] in [-1, 1].
+
+    A token is a patch of 2x2 pixels, tokens row-major, channels ordered (row, column, RGB) in the patch.
+    """
+    assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3), f"{images.dtype} {images.shape}"
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).float().div(127.5).sub(1)
+    patches = pixels.view(-1, SIZE // 2, 2, SIZE // 2, 2, 3).permute(0, 1, 3, 2, 4, 5)
+    return patches.reshape(-1, TOKENS, CHANNELS)
+
+
+def unfold(latents: torch.Tensor) -> np.ndarray:
+    """Latents to pictures, inverse of `fold`: [B, 64, 12] -> uint8 [B, 16, 16, 3], clamped and rounded.
+
+    A NaN becomes mid-grey, so that a diverged model gives a bad picture and not a crash.
+    """
+    assert latents.shape[1:] == (TOKENS, CHANNELS), f"latents of shape {tuple(latents.shape)}"
+    values = latents.detach().float().cpu().nan_to_num(nan=0.0).clamp(-1, 1).add(1).mul(127.5).round()
+    patches = values.to(torch.uint8).view(-1, SIZE // 2, SIZE // 2, 2, 2, 3).permute(0, 1, 3, 2, 4, 5)
+    return patches.reshape(-1, SIZE, SIZE, 3).numpy()

@@ -1,0 +1,73 @@
+"""Prompts: what to draw, with a stable integer id and the category its scores are reported under."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qirl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `id` (0 to 2**32 - 1) keys the noise and the advantage group: it stays with its text."""
+
+    id: int
+    text: str
+    category: str = "general"
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?}.
+
+    Blank lines are skipped. Without "id" a prompt's id is its place among the prompts (from 0).
+    Raises UserError for a file that is missing, unreadable or empty, for a bad line (with its number) and
+    for an id used twice.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: a prompt file ends in .txt (one a line) or .jsonl (one object a line); rename it")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"prompt file {path} does not exist; name a .txt or .jsonl file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read ({error}); it must be UTF-8 text") from None
+    prompts: list[Prompt] = []
+    seen: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        line = line.strip()
+        if not line:
+            continue
+        prompt = (
+            Prompt(len(prompts), line) if path.suffix == ".txt" else _from_json(line, len(prompts), f"{path}:{number}")
+        )
+        if prompt.id in seen:
+            raise UserError(f"{path}:{number}: id {prompt.id} is taken by line {seen[prompt.id]}; "
+                            "give every prompt its own id, or none at all")  # fmt: skip
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"prompt file {path} holds no prompt; write one a line")
+    return prompts
+
+
+def _from_json(line: str, default_id: int, where: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f'{where}: not JSON ({error}); write one object a line, such as {{"text": "a red 7"}}'
+        ) from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise UserError(f'{where}: no "text"; write one object a line, such as {{"text": "a red 7"}}')
+    unknown = sorted(set(row) - {"text", "category", "id"})
+    if unknown:
+        raise UserError(f"{where}: unknown key '{unknown[0]}'; known: category, id, text")
+    number, category = row.get("id", default_id), row.get("category", "general")
+    if type(number) is not int or not 0 <= number < 2**32:
+        raise UserError(f'{where}: "id" is {number!r}; it must be an integer from 0 to {2**32 - 1}')
+    if not isinstance(category, str) or not category:
+        raise UserError(f'{where}: "category" is {category!r}; it must be a word')
+    return Prompt(number, row["text"].strip(), category)

@@ -1,0 +1,170 @@
+"""What of qirl is usable on this machine, and what a missing part costs. `qirl doctor` prints it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    part: str
+    usable: bool
+    state: str  # a version, device names, or why it is not usable
+    cost: str  # what is lost without it
+
+
+class Missing(Exception):
+    """Raised by a probe: the part is not usable, and why."""
+
+
+def report() -> list[Row]:
+    """One row per part. Never raises: a part whose probe fails is a row that says why."""
+    return [Row(part, *_state(probe), cost) for part, probe, cost in _PARTS]
+
+
+def print_report() -> None:
+    """The report as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import qirl
+
+    table = Table(title=f"qirl {qirl.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for column in ("part", "state", "without it"):
+        table.add_column(column, overflow="fold")
+    for row in report():
+        table.add_row(row.part, f"[{'green' if row.usable else 'yellow'}]{_escape(row.state)}[/]", row.cost)
+    Console().print(table)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _state(probe: Callable[[], str]) -> tuple[bool, str]:
+    try:
+        return True, probe()
+    except Missing as reason:
+        return False, str(reason)
+    except Exception as error:  # a broken optional package may raise anything while it is imported
+        lines = str(error).strip().splitlines() or [""]
+        return False, f"broken: {type(error).__name__}: {lines[0][:120]}"
+
+
+def _found(module: str, package: str, install: str) -> str:
+    """The version of `package`, without importing it."""
+    parent, _, _ = module.rpartition(".")
+    if (parent and importlib.util.find_spec(parent) is None) or importlib.util.find_spec(module) is None:
+        raise Missing(f"not installed: {install}")
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _torch() -> str:
+    import torch
+
+    return torch.__version__
+
+
+def _cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        raise Missing("this torch is a CPU build")
+    if not torch.cuda.is_available():
+        raise Missing("torch has CUDA, but no GPU or driver answers")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names)) + f" (CUDA {torch.version.cuda})"
+
+
+def _triton() -> str:
+    version = _found("triton", "triton", "pip install triton (Linux)")
+    import torch
+
+    return version if torch.cuda.is_available() else f"{version} (no GPU: interpreter only)"
+
+
+def _csrc_cpu() -> str:
+    from qirl.kernels import _native
+
+    if not _native.load():
+        raise Missing("not built: python setup.py build_ext --inplace (needs g++)")
+    return "loaded"
+
+
+def _csrc_cuda() -> str:
+    from qirl.kernels import _native
+
+    if not _native.library("cuda").is_file():
+        raise Missing("not built: python setup.py build_ext --inplace (needs nvcc)")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Missing("built, but there is no GPU to run it")
+    _native.load()
+    return "loaded"
+
+
+def _transformer_engine() -> str:
+    version = _found("transformer_engine", "transformer-engine", "pip install qirl[te]")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError) as error:  # RuntimeError without cuDNN
+        raise Missing(f"{version} cannot be imported: {str(error).strip().splitlines()[0][:120]}") from error
+    return version
+
+
+def _flash_attention() -> str:
+    return _found("flash_attn", "flash-attn", "pip install qirl[flash]")
+
+
+def _apex() -> str:
+    if importlib.util.find_spec("apex") is None:
+        raise Missing("not installed: build NVIDIA's apex from source")
+    if importlib.util.find_spec("amp_C") is None:
+        raise Missing("another package named apex, or one without its CUDA extensions: build NVIDIA's from source")
+    return "installed"
+
+
+def _dali() -> str:
+    return _found("nvidia.dali", "nvidia-dali-cuda130", "pip install qirl[dali]")
+
+
+def _collectives() -> str:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise Missing("this torch has no torch.distributed")
+    return ", ".join(n for n, here in (("NCCL", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if here)
+
+
+def _peft() -> str:
+    return _found("peft", "peft", "pip install qirl[lora]")
+
+
+def _diffusers() -> str:
+    return _found("diffusers", "diffusers", "pip install diffusers")
+
+
+_PARTS = (
+    ("torch", _torch, "nothing runs"),
+    ("CUDA", _cuda, "CPU only: the digits world and tests run, Qwen-Image sizes do not"),
+    ("Triton", _triton, "nothing today; fused kernels will need it"),
+    ("csrc, CPU", _csrc_cpu, "CPU noise from PyTorch: the same words, several times slower"),
+    ("csrc, CUDA", _csrc_cuda, "GPU noise from PyTorch: the same words, slower"),
+    ("Transformer Engine", _transformer_engine, "nothing today: BF16 works, FP8 will need it"),
+    ("flash-attn", _flash_attention, "nothing today: attention runs torch's own flash kernels"),
+    ("apex", _apex, "nothing today: the optimizer is torch's"),
+    ("DALI", _dali, "nothing today: images are decoded by Pillow"),
+    ("NCCL, gloo", _collectives, "one process only; NCCL is what several GPUs need"),
+    ("peft", _peft, "no LoRA; full-parameter training works"),
+    ("diffusers", _diffusers, "no comparison with its modules; checkpoints load and save without it"),
+)

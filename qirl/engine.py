@@ -1,0 +1,237 @@
+"""What every training run shares: the model on its ranks, the optimizer, the run folder, and resuming bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from qirl.config import PretrainConfig, Section, TrainConfig, to_dict
+from qirl.errors import UserError
+from qirl.flow.rollout import DTYPES
+from qirl.models.lora import add_lora, merged_state
+from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.models.weights import load_config, load_model, save_model
+from qirl.optim import Optimizer
+from qirl.parallel.data import Ranks, agree, shard, start
+from qirl.policy.weights import Weights
+from qirl.run import checkpoint
+from qirl.run.folder import RunFolder, write_json
+from qirl.run.logs import JsonLines
+from qirl.run.trackers import Trackers
+
+WORLD_FILE = "qirl.json"
+
+
+def find_model(path: str) -> Path:
+    """The diffusers folder meant by `path`: itself, or the model/ of a finished run."""
+    folder = Path(path)
+    for candidate in (folder, folder / "model", folder / "transformer"):
+        if (candidate / "config.json").exists():
+            return candidate
+    raise UserError(f"{path} holds no model (no config.json, no model/ of a finished run); check model.path")
+
+
+def world_facts(folder: Path) -> dict:
+    """What a model folder says of its world; another system's folder says nothing and is assumed to know guidance."""
+    path = folder / WORLD_FILE
+    try:
+        facts = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is truncated or damaged; copy the model folder again")
+    return facts
+
+
+def model_config(config: Section, world) -> QwenImage21Config:
+    """The architecture of a run's model, checked against its world."""
+    if config.model.path is None:
+        a = config.model.architecture
+        return QwenImage21Config(
+            in_channels=world.channels, out_channels=world.channels, num_layers=a.layers, attention_head_dim=a.head_dim,
+            num_attention_heads=a.heads, context_in_dim=world.text_dim, mlp_ratio=a.mlp_ratio, axes_dims_rope=a.rope_axes,
+        )  # fmt: skip
+    found = load_config(find_model(config.model.path))
+    if (found.in_channels, found.context_in_dim) != (world.channels, world.text_dim):
+        raise UserError(
+            f"the model takes {found.in_channels} channels and text of width {found.context_in_dim}, the {world.name} world "
+            f"gives {world.channels} and {world.text_dim}; set world.text_dim={found.context_in_dim} or take another model"
+        )
+    return found
+
+
+def build_model(config: Section, world, device, master: torch.dtype) -> QwenImage21:
+    if config.model.path is not None:
+        return load_model(find_model(config.model.path), master, device)
+    model = QwenImage21(model_config(config, world))
+    initialise(model, config.run.seed)
+    return model.to(device, master)
+
+
+def initialise(model: QwenImage21, seed: int) -> None:
+    """Xavier weights from one seeded generator; blocks start as the identity (zero gates), the output at zero."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    for name, parameter in model.named_parameters():
+        if name in ("modulation.1.weight", "norm_out.linear.weight", "proj_out.weight"):
+            torch.nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            torch.nn.init.xavier_uniform_(parameter, generator=generator)
+
+
+@dataclass
+class Engine:
+    """One training run on this rank."""
+
+    config: PretrainConfig | TrainConfig
+    ranks: Ranks
+    folder: RunFolder
+    model: QwenImage21
+    weights: Weights
+    optimizer: Optimizer
+    metrics: JsonLines
+    scores: JsonLines
+    trackers: Trackers | None = None  # opened by `resume`, which knows the step they go on from
+    notes: dict = field(default_factory=dict)  # JSON-able facts that a run learns and a checkpoint keeps
+
+    @classmethod
+    def open(cls, config: PretrainConfig | TrainConfig, world) -> Engine:
+        """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
+        model_config(config, world)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        dtype = DTYPES[config.model.dtype]
+        half = dtype == torch.bfloat16
+        ranks = start(always_mesh=half)
+        if ranks.first:
+            RunFolder.check(config.run.out, to_dict(config), FREE_KEYS)
+        model = build_model(config, world, ranks.device, torch.float32 if half else dtype)
+        lora = config.model.lora
+        if lora.rank:
+            add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
+        folder = RunFolder.open(config.run.out, to_dict(config), free_keys=FREE_KEYS, writer=ranks.first)
+        ranks.barrier()
+        shard(model, ranks, dtype)
+        weights = Weights(model, bool(lora.rank))
+        optimizer = Optimizer(model, config.optimizer, config.run.steps)
+        if config.optimizer.ema:
+            weights.keep("ema")
+        return cls(
+            config,
+            ranks,
+            folder,
+            model,
+            weights,
+            optimizer,
+            JsonLines(folder.metrics),
+            JsonLines(folder.scores),
+        )
+
+    def tensors(self) -> dict:
+        """Everything of the run that a checkpoint must hold."""
+        copies = {name: copy for name, copy in self.weights.copies.items() if name != "reference"}
+        return {"weights": self.weights.current, "copies": copies, "adam": self.optimizer.tensors()}
+
+    def save(self, step: int) -> None:
+        extra = {"step": step, "notes": self.notes}
+        checkpoint.save(self.folder.checkpoints, step, self.tensors(), extra, self.config.run.keep)
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint, cuts the logs back to it, and returns its step (0 for a new run)."""
+        newest = checkpoint.latest(self.folder.checkpoints)
+        extra = checkpoint.load(newest, self.tensors()) if newest else {"step": 0, "notes": {}}
+        step, self.notes = extra["step"], extra.get("notes", {})
+        if self.ranks.first:
+            self.metrics.cut(step)
+            self.scores.cut(step)
+        tracker = self.config.run.tracker
+        names = (tracker,) if tracker != "none" and self.ranks.first else ()
+        self.trackers = Trackers(names, self.folder.path, to_dict(self.config), step)
+        self.ranks.barrier()
+        return step
+
+    def update(self, step: int) -> tuple[float, bool]:
+        """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped)."""
+        norm, skipped = self.optimizer.step(step)
+        if self.config.optimizer.ema and not skipped:
+            self.weights.blend("ema", min(self.config.optimizer.ema, (1 + step) / (10 + step)))
+        return norm, skipped
+
+    def log(self, record: dict) -> None:
+        if self.ranks.first:
+            self.metrics.append(record)
+            if self.trackers:
+                self.trackers.log(record["step"], {k: v for k, v in record.items() if k != "step"})
+
+    def finish(self, facts: dict) -> None:
+        """Exports the model, writes summary.json and report.html, closes the trackers."""
+        self.export(facts)
+        if self.ranks.first and self.config.run.report:
+            from qirl.run.report import write_report
+
+            summary = summary_of_metrics(self.folder.path.resolve().name, list(self.metrics.read()))
+            write_json(self.folder.summary, summary)
+            write_report(self.folder.report, {self.folder.path.resolve().name: self.folder.path}, summary)
+        if self.trackers:
+            self.trackers.close()
+        self.ranks.barrier()
+
+    def export(self, facts: dict) -> Path:
+        """Writes model/ (a diffusers folder, adapters merged, averaged weights where the run keeps them)."""
+        target = self.folder.path / "model"
+        with self.weights.using("ema" if "ema" in self.weights.copies else None):
+            state = {k: _whole(v) for k, v in self.model.state_dict().items()}
+        if self.ranks.first:
+            lora = self.config.model.lora
+            if lora.rank:
+                state = merged_state(state, lora.alpha / lora.rank)
+            save_model(self.model.config, state, target)
+            (target / WORLD_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        self.ranks.barrier()
+        return target
+
+
+FREE_KEYS = ("run.out", "run.keep", "run.tracker", "run.report")
+
+
+def summary_of_metrics(name: str, records: list[dict]) -> dict:
+    """A run's own summary.json: steps, seconds, and the mean of its last ten steps' loss and rewards."""
+    last = records[-10:]
+
+    def mean(key: str) -> float:
+        return sum(r[key] for r in last if key in r) / sum(key in r for r in last)
+
+    rewards = sorted({k for r in last for k in r if k.startswith("reward/") and k.count("/") == 1})
+    stage = {"steps": len(records), "loss": mean("loss"), "rewards": {k.split("/")[1]: mean(k) for k in rewards}}
+    return {"seconds": round(sum(r["time/step"] for r in records), 1), "stages": {name: stage}}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
+
+
+class Stop:
+    """Inside the block SIGTERM is a flag that is read between steps, so the run ends on a checkpoint."""
+
+    asked, before = False, None
+
+    def __enter__(self) -> Stop:
+        try:
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            pass
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked: the signal reaches them in different steps, the checkpoint needs them in one."""
+        return agree(self.asked, 0, ranks)[0]
+
+    def __exit__(self, *_) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,73 @@
+"""LoRA by peft on the diffusers module names: add, switch off, merge."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qirl.errors import UserError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "out")
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> nn.Module:
+    """Freezes the weights and adds adapters in place. Section 3: the KL reference is the same model, adapter off.
+
+    Raises UserError if peft is missing or no module has one of the target names.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError(
+            "LoRA needs peft; pip install 'qirl[lora]', or train all parameters (model.lora.rank=0)"
+        ) from None
+    blocks = rf"transformer_blocks\.\d+\..*\.({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=blocks)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise UserError(f"no module of the model matches model.lora.targets={list(targets)} ({error})") from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def _adapters(model: nn.Module):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module):
+    """The frozen base, inside the block."""
+    layers = _adapters(model)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_state(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """A state dict with adapters, merged into plain names: W + scale * B A, in float64, in W's dtype.
+
+    scale = alpha / rank. State dicts without adapters come back as they are.
+    """
+    merged = {}
+    for name, value in state.items():
+        if ".lora_" in name:
+            continue
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            a, b = (state[f"{stem}.lora_{x}.default.weight"].double() for x in "AB")
+            value = (value.double() + scale * b @ a).to(value.dtype)
+        merged[name.replace(".base_layer.", ".")] = value
+    return merged

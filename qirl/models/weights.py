@@ -1,0 +1,154 @@
+"""Reading and writing model folders in diffusers' format: config.json and safetensors, one file or a sharded index."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from qirl.errors import UserError
+from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config, plain_linear
+
+CLASS = "QwenImage21Transformer2DModel"
+NAME = "diffusion_pytorch_model"
+
+
+def load_config(folder: str | Path) -> QwenImage21Config:
+    """The model config of a folder. Raises UserError if it is missing, unreadable or of another class."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a folder saved by diffusers or by `qirl export`") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__} and no model config; copy it again")
+    if values.get("_class_name", CLASS) != CLASS:
+        raise UserError(f"{path} describes a {values['_class_name']}; qirl trains {CLASS}")
+    return QwenImage21Config.from_dict(values)
+
+
+def load_model(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu", make_linear=plain_linear
+) -> QwenImage21:
+    """A model with the weights of a diffusers folder. Raises UserError for missing, truncated or misfit files."""
+    with torch.device("meta"):
+        model = QwenImage21(load_config(folder), make_linear)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model
+
+
+def load_weights(model: torch.nn.Module, folder: str | Path) -> None:
+    """Copies the tensors of a diffusers folder into `model`, file by file."""
+    check_weights(model, folder)
+    wanted = model.state_dict()
+    for path in _weight_files(Path(folder)):
+        for name, value in _read(path).items():
+            with torch.no_grad():
+                wanted[name].copy_(value)
+
+
+def check_weights(model: torch.nn.Module, folder: str | Path) -> None:
+    """Compares the files' headers with `model` (which may be on the meta device); reads no weights.
+
+    Raises UserError for a missing or truncated file, a tensor that is missing or too many, or of another shape.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing = set(wanted)
+    for path in _weight_files(Path(folder)):
+        for name, shape in _shapes(path).items():
+            if name not in wanted:
+                raise UserError(
+                    f"{path.name} holds '{name}', which the model does not have; is config.json from another model?"
+                )
+            if shape != wanted[name]:
+                raise UserError(
+                    f"{path.name}: '{name}' has shape {shape}, config.json asks for {wanted[name]}; take both from one model"
+                )
+            missing.discard(name)
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} tensors, first '{min(missing)}'; copy the folder again")
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{NAME}.safetensors.index.json"
+    single = folder / f"{NAME}.safetensors"
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is truncated or no index of shards; copy it again") from None
+        files = [folder / f for f in sorted(set(names))]
+    else:
+        files = [single]
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; copy the model folder again, or give one saved by diffusers")
+    return files
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
+
+
+def save_model(
+    config: QwenImage21Config, state: dict[str, torch.Tensor], folder: str | Path, max_shard: str = "5GB"
+) -> None:
+    """Writes a folder that diffusers' `from_pretrained` and `load_model` read unchanged."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS, **fields}, indent=2) + "\n")
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern=NAME + "{suffix}.safetensors", max_shard_size=max_shard
+    )
+    for filename, names in split.filename_to_tensors.items():
+        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+        save_file(tensors, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_model(source: str | Path, target: str | Path) -> Path:
+    """Copies a complete model folder to `target`, whole or not at all.
+
+    Raises UserError for a model that is not complete and a target that exists or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already; name a new folder")
+    with torch.device("meta"):
+        check_weights(QwenImage21(load_config(source)), source)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for path in (*source.glob("*.json"), *_weight_files(source)):
+            shutil.copyfile(path, temporary / path.name)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target} ({error.strerror}); choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

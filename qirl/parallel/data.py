@@ -1,0 +1,120 @@
+"""Data parallelism from outside the model: ranks, FSDP2, and the gathers of the trainer.
+
+`torchrun` starts the ranks; without it there is one. Losses are divided by global counts, so gradients are summed over
+ranks (FSDP's own divide factor is 1) and the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` processes; mesh is None for one process."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    mesh: DeviceMesh | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """The number of processes that torchrun announces, known before any of them has joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(always_mesh: bool = False) -> Ranks:
+    """Joins the process group that torchrun describes (nccl on GPUs, gloo on CPUs).
+
+    always_mesh: one process gets a mesh too, for what FSDP does besides sharding (bfloat16 over float32 weights).
+    """
+    world, rank = world_size(), int(os.environ.get("RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world == 1 and not always_mesh:
+        return Ranks(device=device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if world > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)))
+
+
+def shard(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype) -> torch.nn.Module:
+    """Shards every block and the rest over the ranks, in place; computes in `dtype`, reduces in float32 or better."""
+    if ranks.mesh is None:
+        return model
+    # keys and values leave their block as views; nothing changes them in place, which is what FSDP warns of
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    own = next(model.parameters()).dtype
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=own, cast_forward_inputs=False)
+    for block in model.transformer_blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+        register_fsdp_forward_method(block, "keys_values")
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    for module in (*model.transformer_blocks, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to sum
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module):
+    """Keeps the weights whole inside the block: a rollout gathers them once instead of at every step."""
+    if not hasattr(model, "set_reshard_after_forward"):
+        yield
+        return
+    modules = (*model.transformer_blocks, model)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def gather_rows(ids: torch.Tensor, values: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    """All ranks' rows, sorted by id, on the host: int64 [n] and float64 [n, K]. The same number of rows on each rank.
+
+    One collective; ids stay integers (float32 would merge ids beyond 2^24), values travel as their float64 bits.
+    """
+    table = torch.cat([ids.cpu()[:, None], values.detach().cpu().double().contiguous().view(torch.int64)], 1)
+    if ranks.world > 1:
+        table = table.to(ranks.device)
+        parts = [torch.empty_like(table) for _ in range(ranks.world)]
+        dist.all_gather(parts, table)
+        table = torch.cat(parts)
+    table = table.cpu()[torch.argsort(table[:, 0].cpu())]
+    return table[:, 0], table[:, 1:].contiguous().view(torch.float64)
+
+
+def agree(seam: bool, packs: int, ranks: Ranks) -> tuple[bool, int]:
+    """(any rank needs the seam, the largest number of packs): every rank runs the same collectives in one order."""
+    if ranks.world == 1:
+        return seam, packs
+    both = torch.tensor([int(seam), packs], device=ranks.device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    return bool(both[0]), int(both[1])

@@ -1,0 +1,240 @@
+"""What a run will cost, before it starts: parameters, tokens per pack, FLOPs and memory. `--dry-run` prints it.
+
+The model is built on the meta device: no weights are read and nothing is written. Counted are the model and its
+training; rewards and the autoencoder are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import yaml
+
+from qirl.config import EvaluateConfig, Flow, PretrainConfig, Section, TrainConfig, to_dict
+from qirl.costs import Flops, activation_bytes, forward_flops
+from qirl.data.sampler import PromptSampler
+from qirl.data.world import DigitsWorld, make_world
+from qirl.engine import DTYPES, find_model, model_config
+from qirl.models.lora import add_lora
+from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.weights import check_weights
+from qirl.packing import Condition, PackedBatch, Target, cut, pack
+from qirl.policy.packs import Layout, Pair, lay_out
+
+
+def meta_model(config: Section, world: DigitsWorld) -> QwenImage21:
+    """The run's model on the meta device, with adapters, after its files' headers were checked."""
+    with torch.device("meta"):
+        model = QwenImage21(model_config(config, world)).to(DTYPES[config.model.dtype])
+    if config.model.path is not None:
+        check_weights(model, find_model(config.model.path))
+    lora = config.model.lora
+    if lora.rank and not isinstance(config, EvaluateConfig):
+        with torch.device("meta"):
+            add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
+    return model
+
+
+def plan(config: PretrainConfig | TrainConfig | EvaluateConfig, world_size: int = 1) -> dict:
+    """{"config", "world_size", "parameters", "tokens", "flops", "memory"} of a run on `world_size` ranks.
+
+    tokens: one rank's packs of the first step. flops: of a step (evaluate: of the whole), all ranks together.
+    memory: bytes per rank. Raises UserError for a model that is missing or does not fit, and budgets too small.
+    """
+    world_size = 1 if isinstance(config, EvaluateConfig) else world_size
+    world = make_world(config.world)
+    model = meta_model(config, world)
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = 0 if isinstance(config, EvaluateConfig) else trainable
+    work = {PretrainConfig: _pretrain, TrainConfig: _train, EvaluateConfig: _evaluate}[type(config)]
+    tokens, flops, memory = work(config, world, model, world_size)
+    memory = {**_weights_memory(config, total, trainable, world_size), **memory}
+    return {
+        "config": to_dict(config),
+        "world_size": world_size,
+        "parameters": {"total": total, "trainable": trainable},
+        "tokens": tokens,
+        "flops": {name: (count * world_size).as_dict() for name, count in flops.items()},
+        "memory": {**memory, "total": sum(memory.values())},
+    }
+
+
+def _weights_memory(config: Section, total: int, trainable: int, ranks: int) -> dict[str, int]:
+    """Bytes of what stays all run long. Several ranks, or bfloat16 over float32: sharded, and gathered to compute."""
+    size = DTYPES[config.model.dtype].itemsize
+    if isinstance(config, EvaluateConfig):
+        return {"weights": total * size}
+    master = max(size, 4)
+    share = lambda count: -(-count * master // ranks)  # noqa: E731
+    parts = {"weights": share(total), "gradients": share(trainable), "optimizer": 2 * share(trainable)}
+    parts |= {f"copy: {name}": share(trainable) for name in _copies(config)}
+    gathered = ranks > 1 or config.model.dtype == "bfloat16"
+    return parts | ({"gathered weights": total * size} if gathered else {})
+
+
+def _copies(config: PretrainConfig | TrainConfig) -> list[str]:
+    names = ["ema"] if config.optimizer.ema else []
+    if isinstance(config, TrainConfig):
+        if config.policy.kl and not config.model.lora.rank:
+            names.append("reference")
+        if config.policy.loss == "nft" and config.policy.nft.old_decay:
+            names.append("old")
+    return names
+
+
+def _training_flops(config: Section, model: QwenImage21, forward: Flops, tokens: int) -> Flops:
+    """Forward and backward: 3 x forward. Frozen weights need no gradients of their own: 2 x, plus the adapters' 3 x."""
+    if not config.model.lora.rank:
+        return forward * 3
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return forward * 2 + Flops(3 * 2 * adapters * tokens)
+
+
+def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+    """Texts of training prompts stand for the examples' own; dropped conditions make packs a little smaller."""
+    batch = -(-config.pretrain.batch // ranks)
+    prompts = PromptSampler(world.prompts("train"), config.run.seed).step(0, batch)
+    conditions = sorted((world.condition(p.text) for p, _ in prompts), key=lambda c: c.tokens)
+    size = world.height * world.width
+    runs = cut([c.tokens + size for c in conditions], config.pretrain.micro_tokens, "pretrain.micro_tokens")
+    bodies = [
+        pack([conditions[i] for i in run], [Target(k, world.height, world.width) for k in range(len(run))])
+        for run in runs
+    ]
+    layout = Layout([conditions[i] for i in runs[0]], (), [], seam=False)
+    largest = max(bodies, key=lambda b: b.tokens)
+    forward = sum((forward_flops(model.config, b) for b in bodies), Flops())
+    flops = {"update": _training_flops(config, model, forward, sum(b.tokens for b in bodies))}
+    memory = {"activations": activation_bytes(model, layout, largest)}
+    return {"update": _describe(bodies)}, flops, memory
+
+
+def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+    policy, flow = config.policy, config.flow
+    slots = list(range(0, policy.prompts, ranks))
+    sampler = PromptSampler(world.prompts("train", config.world.prompts), config.run.seed)
+    chosen = sampler.step(0, policy.prompts)
+    conditions = [world.condition(chosen[slot][0].text) for slot in slots]
+    rolled, rollout = _rollout(model, world, conditions, policy.group, flow, flow.rollout_tokens)
+    size = policy.prompts // policy.minibatches
+    shares = [[i for i, slot in enumerate(slots) if slot // size == m] for m in range(policy.minibatches)]
+    layouts = [_layout(config, world, conditions, share) for share in shares]
+    bodies = [[layout.body(members, "cpu") for members in layout.packs] for layout in layouts]
+    forward, tokens = Flops(), 0
+    for layout, own in zip(layouts, bodies, strict=True):
+        packs = [*own, layout.prefix("cpu")] if layout.seam else own
+        forward = sum((forward_flops(model.config, b) for b in packs), forward)
+        tokens += sum(b.tokens for b in packs)
+    updates = policy.epochs * policy.minibatches
+    again = policy.old == "recompute" or (policy.old == "auto" and updates > 1) or "old" in _copies(config)
+    extra = int(again) + int(policy.kl > 0)  # old and reference velocities: forwards without gradient
+    update = _training_flops(config, model, forward, tokens) * policy.epochs + forward * extra
+    place, largest = max(((m, b) for m, own in enumerate(bodies) for b in own), key=lambda found: found[1].tokens)
+    memory = {
+        "kept states": _kept_bytes(config, world, len(slots)),
+        "activations": activation_bytes(model, layouts[place], largest),
+    }
+    everything = [b for own in bodies for b in own]
+    prefix = max(layout.prefix("cpu").tokens for layout in layouts) if layouts[place].seam else None
+    described = {"rollout": rolled, "update": _describe(everything, prefix)}
+    described["update"] |= {"pairs": policy.group * len(slots) * policy.timesteps.count, "updates": updates}
+    return described, {"rollout": rollout, "update": update}, memory
+
+
+def _layout(config: TrainConfig, world: DigitsWorld, conditions: Sequence[Condition], prompts: list[int]) -> Layout:
+    policy = config.policy
+    own = [
+        Pair(place * policy.group + g, node, place, world.height, world.width)
+        for place in range(len(prompts))
+        for g in range(policy.group)
+        for node in range(policy.timesteps.count)
+    ]
+    return lay_out([conditions[i] for i in prompts], own, policy.micro_tokens, lambda seam, packs: (seam, packs))
+
+
+def _kept_bytes(config: TrainConfig, world: DigitsWorld, prompts: int) -> int:
+    """Finished latents of a rank's samples; for grpo and guard also x, x' and the velocity of every trained node."""
+    policy, size = config.policy, DTYPES[config.model.dtype].itemsize
+    values = prompts * policy.group * world.height * world.width * world.channels
+    transition = 2 * DTYPES[config.flow.storage].itemsize + size if policy.loss != "nft" else 0
+    return values * (max(size, 4) + policy.timesteps.count * transition)
+
+
+def _rollout(model: QwenImage21, world: DigitsWorld, conditions, group: int, flow: Flow, budget: int, whole=False):
+    """Batches and FLOPs of sampling `group` images per condition; whole: a prompt's images stay in one batch."""
+    guided = flow.guidance != 1
+    size, twice = world.height * world.width, 2 if guided else 1
+    count = len(conditions) * (1 if whole else group)
+    cost = size * twice * (group if whole else 1)
+    runs = cut([cost] * count, max(budget, cost) if whole else budget, "flow.rollout_tokens")
+    bodies, flops = [], Flops()
+    for run in runs:
+        prompts = [p for p in run for _ in range(group)] if whole else [i // group for i in run]
+        used = sorted(set(prompts))
+        own = [Target(used.index(p), world.height, world.width) for p in prompts]
+        twins = [Target(len(used), world.height, world.width) for _ in own] if guided else []
+        everything = [conditions[p] for p in used] + ([world.null] if guided else [])
+        body = pack(everything, [*own, *twins])
+        bodies.append(body)
+        prefill = forward_flops(model.config, pack(everything, []))
+        flops += prefill + forward_flops(model.config, body.without_prefix()) * flow.steps
+    return _describe(bodies), flops
+
+
+def _evaluate(config: EvaluateConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+    options = config.evaluation
+    sampler = PromptSampler(world.prompts("held_out", config.world.prompts), options.seed)
+    conditions = [world.condition(p.text) for p, _ in sampler.step(0, options.prompts)]
+    tokens, flops = {}, {}
+    for guidance in options.guidance:
+        flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance})
+        found = _rollout(model, world, conditions, options.group, flow, options.batch_tokens, whole=True)
+        tokens[f"guidance {guidance:g}"], flops[f"guidance {guidance:g}"] = found
+    return tokens, flops, {}
+
+
+def _describe(bodies: Sequence[PackedBatch], prefix: int | None = None) -> dict[str, int]:
+    """The number of packs and the size of the largest; prefix: that of the seam, where it runs on its own."""
+    largest = max(bodies, key=lambda b: b.tokens)
+    own = largest.prefix_tokens if prefix is None else prefix
+    return {
+        "packs": len(bodies), "prefix": own, "targets": largest.target_tokens, "seam": int(prefix is not None),
+        "samples": len(largest.lengths), "tokens": sum(b.tokens for b in bodies) + (prefix or 0),
+    }  # fmt: skip
+
+
+def print_plan(config: PretrainConfig | TrainConfig | EvaluateConfig, world_size: int = 1) -> None:
+    """The plan on standard output: the config as YAML, then one line a number."""
+    found = plan(config, world_size)
+    print(yaml.safe_dump(found["config"], sort_keys=False, default_flow_style=None, width=120))
+    per_step = "" if isinstance(config, EvaluateConfig) else ", per step"
+    rows = [("ranks", str(found["world_size"]))]
+    rows += [(f"parameters, {name}", f"{count:,}") for name, count in found["parameters"].items()]
+    for phase, numbers in found["tokens"].items():
+        rows.append((f"packs of {phase}, per rank", _sentence(numbers)))
+    for phase, numbers in found["flops"].items():
+        shares = f"{numbers['matmul'] / max(1, numbers['total']):.0%} linear layers, rest attention"
+        rows.append((f"FLOPs of {phase}{per_step}", f"{_unit(numbers['total'], 1000)}FLOP ({shares})"))
+    rows += [(f"memory per rank, {name}", f"{_unit(size, 1024)}B") for name, size in found["memory"].items()]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
+    print("FLOPs: 2 x weights x tokens of linear layers + 4 x width x (query, key) pairs; backward counts twice.")
+    print("Activations: what autograd keeps for the largest pack. Rewards and data are not counted.")
+
+
+def _sentence(numbers: dict[str, int]) -> str:
+    seam = "; one prefix run for all packs" if numbers["seam"] else ""
+    return (
+        f"{numbers['packs']}{seam}; the largest: {numbers['prefix']} prefix and {numbers['targets']} target tokens "
+        f"({numbers['samples']} targets); {numbers['tokens']:,} tokens in all"
+    )
+
+
+def _unit(value: float, base: int) -> str:
+    prefixes = iter(("", "k", "M", "G", "T"))
+    prefix = next(prefixes)
+    while value >= base and prefix != "T":
+        value, prefix = value / base, next(prefixes)
+    return f"{value:.1f} {prefix}{'i' if base == 1024 and prefix else ''}"

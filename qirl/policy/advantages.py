@@ -1,0 +1,82 @@
+"""From raw scores to advantages: components, category weights, groups by integer id (algorithm page, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qirl.config import Advantage
+from qirl.errors import UserError, nearest
+from qirl.kernels.group_advantage import group_advantage
+from qirl.kernels.philox import DATA, stream, uniform
+from qirl.rewards.protocol import Scores
+
+ABSENT = -1.0  # in a gathered table: the component does not apply; scores are in [0, 1], NaN is a failure
+
+
+def table(scores: Sequence[Scores], components: Sequence[str]) -> torch.Tensor:
+    """float64 [N, K]: the scores, NaN where scoring failed, ABSENT where a component does not apply."""
+    return torch.tensor([[s.get(c, ABSENT) for c in components] for s in scores], dtype=torch.float64)
+
+
+def check_components(options: Advantage, components: Sequence[str], categories: Sequence[str]) -> None:
+    """Raises UserError if a weight names a component or category that does not exist, or all weights are 0."""
+    for name in unknown_weights(options, components):
+        raise UserError(f"advantage.weights names '{name}', which no reward returns{nearest(name, components)}")
+    check_categories(options, components, categories)
+
+
+def unknown_weights(options: Advantage, components: Sequence[str]) -> list[str]:
+    """Names with a weight that are none of the components."""
+    named = {*options.weights, *(name for weights in options.category_weights.values() for name in weights)}
+    return sorted(named - set(components))
+
+
+def check_categories(options: Advantage, components: Sequence[str], categories: Sequence[str]) -> None:
+    """Raises UserError for weights of a category that no prompt has, or a category whose weights are all 0."""
+    for category in options.category_weights:
+        if category not in categories:
+            raise UserError(
+                f"advantage.category_weights names '{category}', which no prompt has{nearest(category, categories)}"
+            )
+    for category in categories:
+        if not any(weights_of(options, category, components)):
+            raise UserError(f"every weight of category '{category}' is 0; give at least one component a weight")
+
+
+def weights_of(options: Advantage, category: str, components: Sequence[str]) -> list[float]:
+    """The weight of every component for one category."""
+    own = options.category_weights.get(category, {})
+    return [own.get(c, options.weights.get(c, 1.0)) for c in components]
+
+
+def advantages(
+    scores: torch.Tensor,
+    group: torch.Tensor,
+    weights: torch.Tensor,
+    options: Advantage,
+    noise: torch.Tensor | None = None,
+    control: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantage float32 [N] and valid bool [N] of a table [N, K]; group int64 [N], weights [N, K].
+
+    noise: read noise of each component, [K]; one that varies less inside a group gives no signal there. control: a permutation of the samples inside their groups; the shuffled-reward experiment applies it.
+    """
+    shown = scores if control is None else scores[control]
+    applies = shown != ABSENT
+    return group_advantage(
+        shown, applies, group, weights, noise, floor=options.floor, clip=options.clip, convention=options.convention
+    )
+
+
+def shuffle_inside(group: torch.Tensor, step: int, seed: int) -> torch.Tensor:
+    """int64 [N]: a random permutation that keeps every sample's group; a pure function of (seed, step)."""
+    index = torch.arange(len(group))
+    draws = uniform(stream(seed, index.tolist(), [0] * len(group), step), 1, 1, DATA)[:, 0]
+    source = index[torch.argsort(draws, stable=True)]
+    source = source[torch.argsort(group[source], stable=True)]  # by group, in random order
+    place = index[torch.argsort(group, stable=True)]  # by group, in their own order
+    out = torch.empty_like(index)
+    out[place] = source
+    return out

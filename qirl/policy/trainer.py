@@ -1,0 +1,406 @@
+"""The RL run: sample groups of images, score them, update the policy; the same modules do both (section 3).
+
+Every step is a pure function of (config, seed, step, weights), so a run continues bit for bit from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qirl.config import TrainConfig
+from qirl.data.prompts import Prompt
+from qirl.data.sampler import PromptSampler
+from qirl.data.world import DigitsWorld, make_world
+from qirl.engine import Engine, Stop, find_model, world_facts
+from qirl.errors import UserError
+from qirl.flow.rollout import Rollout, grids, rollout
+from qirl.kernels.philox import Stream, stream
+from qirl.packing import Target, cut
+from qirl.parallel.data import agree, gather_rows, gathered, world_size
+from qirl.policy import monitor
+from qirl.policy.advantages import (
+    ABSENT,
+    advantages,
+    check_categories,
+    check_components,
+    shuffle_inside,
+    table,
+    unknown_weights,
+    weights_of,
+)
+from qirl.policy.nodes import draw_nodes
+from qirl.policy.packs import lay_out
+from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
+from qirl.rewards.protocol import Reward, Sample, score
+from qirl.run.progress import Live
+
+
+@dataclass
+class Trainer:
+    """One RL run on this rank."""
+
+    config: TrainConfig
+    engine: Engine
+    world: DigitsWorld
+    rewards: Sequence[Reward]
+    prompts: PromptSampler
+    guided: bool
+
+    @property
+    def components(self) -> list[str]:
+        """The reward components seen so far, sorted: the columns of the score table."""
+        return self.engine.notes.get("components", [])
+
+    @property
+    def old(self) -> str | None:
+        """The copy of the weights that samples: an average for nft with old_decay, else the weights themselves."""
+        return "old" if self.config.policy.loss == "nft" and self.config.policy.nft.old_decay else None
+
+
+def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> Engine:
+    """Trains (or continues) the run in config.run.out and exports it to its model/ folder.
+
+    rewards: callables of qirl.rewards.protocol; none: the world's own. Raises UserError for a config, prompt file or
+    folder that does not fit, and where too many samples fail; SystemExit 143 after a SIGTERM, on a checkpoint.
+    """
+    trainer = open_trainer(config, rewards)
+    engine, run = trainer.engine, config.run
+    done = engine.resume()
+    with Stop() as stop, Live("train", run.steps, done, show=engine.ranks.first and not quiet) as live:
+        if done == 0:
+            monitor.write_samples(trainer, 0)
+        for step in range(done, run.steps):
+            record = train_step(trainer, step)
+            engine.log(record)
+            shown = {
+                k.removeprefix("reward/"): v for k, v in record.items() if k.count("/") == 1 and k.startswith("reward/")
+            }
+            live.update(step + 1, {"loss": record["loss"], **shown, "s/step": record["time/step"]})
+            if run.samples_every and ((step + 1) % run.samples_every == 0 or step + 1 == run.steps):
+                monitor.write_samples(trainer, step + 1)
+            stopping = stop.agreed(engine.ranks)
+            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps or stopping:
+                engine.save(step + 1)
+            if stopping and step + 1 < run.steps:
+                raise SystemExit(143)
+    engine.finish({"world": trainer.world.name, "text_dim": trainer.world.text_dim, "unconditional": trainer.guided})
+    return engine
+
+
+def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
+    """Everything that can be refused is refused here, before the first step and before the run folder is touched."""
+    world = make_world(config.world)
+    prompts = world.prompts("train", config.world.prompts)
+    guided = world_facts(find_model(config.model.path)).get("unconditional", True)
+    if config.flow.guidance != 1 and not guided:
+        raise UserError(
+            f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
+            "without one (pretrain.drop_condition=0); set flow.guidance=1"
+        )
+    target = world.height * world.width
+    for name, budget, need in (
+        ("policy.micro_tokens", config.policy.micro_tokens, target),
+        ("flow.rollout_tokens", config.flow.rollout_tokens, target * (2 if config.flow.guidance != 1 else 1)),
+    ):
+        if budget < need:
+            raise UserError(
+                f"{name}={budget} tokens is smaller than one sample of {need} tokens; set it to {need} or more"
+            )
+    share, ranks = config.policy.prompts // config.policy.minibatches, world_size()
+    if share % ranks:
+        raise UserError(
+            f"policy.prompts / policy.minibatches = {share} is not a multiple of the {ranks} ranks; "
+            f"use {ranks * config.policy.minibatches * max(1, share // ranks)} prompts"
+        )
+    sampler = PromptSampler(prompts, config.run.seed)
+    check_noise_counters(config, sampler)
+    rewards = list(rewards) or world.rewards()
+    if declared := declared_components(rewards):
+        check_components(config.advantage, declared, sampler.categories)
+    engine = Engine.open(config, world)
+    if config.policy.kl and not engine.weights.lora:
+        engine.weights.keep("reference")
+    trainer = Trainer(config, engine, world, rewards, sampler, guided)
+    if trainer.old:
+        engine.weights.keep("old")
+    return trainer
+
+
+def read_noise(rewards: Sequence[Reward], components: Sequence[str]) -> torch.Tensor:
+    """float64 [K]: how much each component's reading varies by itself, from the rewards' `read_noise` dicts; else 0."""
+    known = {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
+    return torch.tensor([known.get(c, 0.0) for c in components], dtype=torch.float64)
+
+
+def declared_components(rewards: Sequence[Reward]) -> list[str]:
+    """What the rewards say they return (an attribute `components`), empty if one of them does not say."""
+    said = [getattr(reward, "components", None) for reward in rewards]
+    return [] if None in said else [name for own in said for name in own]
+
+
+def check_noise_counters(config: TrainConfig, sampler: PromptSampler) -> None:
+    """Raises UserError if a prompt comes so often in one step that its samples' noise counters would wrap."""
+    places = -(-config.policy.prompts // len(sampler.categories))
+    often = max(-(-places // len(own)) + 1 for own in sampler.by_category.values())
+    if often * config.policy.group > 1 << 12:
+        raise UserError(
+            f"policy.prompts={config.policy.prompts} repeats a prompt up to {often} times a step, {often} x group="
+            f"{config.policy.group} is more than the 4096 samples a prompt can have; use more prompts or smaller groups"
+        )
+
+
+def train_step(trainer: Trainer, step: int) -> dict:
+    """One rollout and its updates; returns the metrics record of step + 1."""
+    config, engine = trainer.config, trainer.engine
+    clock = [time.monotonic()]
+    chosen = trainer.prompts.step(step, config.policy.prompts)
+    exp, slots = sample(trainer, chosen, step)
+    clock.append(time.monotonic())
+    scores, images = score_samples(trainer, exp, chosen, slots, step)
+    record = assign_advantages(trainer, exp, scores, chosen, slots, step)
+    monitor.write_group(trainer, step + 1, images, scores, exp, chosen, slots)
+    clock.append(time.monotonic())
+    record |= update(trainer, exp, slots, step)
+    clock.append(time.monotonic())
+    phases = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+    total = clock[-1] - clock[0]
+    return {
+        "step": step + 1, **record, "lr": engine.optimizer.lr(step), "time/rollout": phases[0], "time/reward": phases[1],
+        "time/update": phases[2], "time/step": total,
+        "images_per_second": config.policy.prompts * config.policy.group / total,
+    }  # fmt: skip
+
+
+def sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int) -> tuple[Experience, list[int]]:
+    """Draws this rank's groups. Returns them without advantages, and the slots of `chosen` they belong to."""
+    config, engine, world = trainer.config, trainer.engine, trainer.world
+    slots = list(range(engine.ranks.rank, len(chosen), engine.ranks.world))
+    group, device = config.policy.group, engine.ranks.device
+    prompts = [chosen[slot][0] for slot in slots]
+    conditions = [world.condition(p.text) for p in prompts]
+    targets = [Target(i, world.height, world.width) for i in range(len(slots)) for _ in range(group)]
+    sample_index = [chosen[slot][1] * group + g for slot in slots for g in range(group)]
+    draws = stream(config.run.seed, [p.id for p in prompts for _ in range(group)], sample_index, step, device)
+    grid = grids(targets, config.flow, device)
+    nodes = draw_nodes(draws, grid, config.policy.timesteps, last_step=config.policy.loss == "nft")
+    with engine.weights.using(trainer.old):
+        x0, kept = sample_in_batches(trainer, conditions, targets, draws, nodes)
+    ids = torch.tensor([slot * group + g for slot in slots for g in range(group)])
+    unset = torch.zeros(len(targets))
+    return Experience(conditions, targets, draws, grid, nodes, x0, kept, ids, unset, unset > 0), slots
+
+
+def sample_in_batches(trainer: Trainer, conditions, targets, draws: Stream, nodes=None, flow=None):
+    """Rolls out all targets, at most flow.rollout_tokens at a time: latents per sample, kept transitions."""
+    flow = flow or trainer.config.flow
+    twice = 2 if flow.guidance != 1 else 1
+    runs = cut([t.tokens * twice for t in targets], flow.rollout_tokens, "flow.rollout_tokens")
+    _, count = agree(False, len(runs), trainer.engine.ranks)
+    keep_states = trainer.config.policy.loss != "nft" and nodes is not None
+    x0, kept = [None] * len(targets), {}
+    with gathered(trainer.engine.model):
+        for place in range(count):
+            run = runs[place % len(runs)]
+            out = _roll(trainer, conditions, targets, draws, nodes if keep_states else None, flow, run)
+            for index, latents in zip(run, out.latents(), strict=True):
+                x0[index] = latents
+            kept |= {(run[i], node): k for (i, node), k in out.kept.items()}
+    return x0, kept
+
+
+def _roll(trainer: Trainer, conditions, targets, draws: Stream, nodes, flow, run: list[int]) -> Rollout:
+    used = sorted({targets[i].prompt for i in run})
+    place = {prompt: index for index, prompt in enumerate(used)}
+    own = [Target(place[targets[i].prompt], targets[i].height, targets[i].width) for i in run]
+    negatives = [trainer.world.null] * len(used) if trainer.guided else None
+    rows = draws.rows(torch.tensor(run, device=draws.prompt.device))
+    own_nodes = [nodes[i] for i in run] if nodes else None
+    return rollout(trainer.engine.model, [conditions[i] for i in used], own, rows, flow, own_nodes, negatives)
+
+
+def score_samples(trainer: Trainer, exp: Experience, chosen, slots: Sequence[int], step: int):
+    """Raw scores of this rank's samples, and the images."""
+    group = trainer.config.policy.group
+    images = trainer.world.decode(exp.x0)
+    samples = []
+    for i, image in enumerate(images):
+        prompt = chosen[slots[i // group]][0]
+        samples.append(Sample(_number(trainer, step, int(exp.ids[i])), prompt.id, prompt.text, image, prompt.category))
+    _agree_on_scores(trainer, scores := _score(trainer, samples))
+    return scores, images
+
+
+def _score(trainer: Trainer, samples: Sequence[Sample]):
+    """The scores, or the error that every rank is to raise: one rank alone would leave the others waiting."""
+    try:
+        return score(trainer.rewards, samples)
+    except UserError as error:
+        if trainer.engine.ranks.world == 1:
+            raise
+        return error
+
+
+def _number(trainer: Trainer, step: int, index: int) -> int:
+    """The id of a sample, unique in the run."""
+    return step * trainer.config.policy.prompts * trainer.config.policy.group + index
+
+
+def write_scores(trainer: Trainer, everything: torch.Tensor, chosen, step: int) -> None:
+    """All raw scores of the step into scores.jsonl, before they are used."""
+    records = []
+    for index, row in enumerate(everything.tolist()):
+        slot, which = divmod(index, trainer.config.policy.group)
+        prompt = chosen[slot][0]
+        scores = {c: v for c, v in zip(trainer.components, row, strict=True) if v != ABSENT}
+        records.append(
+            {"step": step + 1, "id": _number(trainer, step, index), "prompt_id": prompt.id, "prompt": prompt.text,
+             "category": prompt.category, "sample": which, "scores": scores}
+        )  # fmt: skip
+    if trainer.engine.ranks.first:
+        trainer.engine.scores.append(records)
+
+
+def _agree_on_scores(trainer: Trainer, scores) -> None:
+    """Adds what any rank's rewards returned for the first time: a component may apply to later prompts only.
+
+    Raises the UserError of any rank on all of them.
+    """
+    failed = str(scores) if isinstance(scores, UserError) else None
+    names = set(trainer.components) | ({name for own in scores for name in own} if failed is None else set())
+    if trainer.engine.ranks.world > 1:
+        parts = [None] * trainer.engine.ranks.world
+        torch.distributed.all_gather_object(parts, (sorted(names), failed))
+        if errors := [error for _, error in parts if error]:
+            raise UserError(errors[0])
+        names = {name for part, _ in parts for name in part}
+    if not names:
+        raise UserError("no reward returned a component for any sample; a reward returns {component: score} per sample")
+    if names != set(trainer.components):
+        options = trainer.config.advantage
+        if unknown := unknown_weights(options, sorted(names)):
+            warnings.warn(f"no reward has returned {', '.join(unknown)} so far: those weights do nothing", stacklevel=2)
+        check_categories(options, sorted(names), trainer.prompts.categories)
+        trainer.engine.notes["components"] = sorted(names)
+
+
+def assign_advantages(trainer: Trainer, exp: Experience, scores, chosen, slots, step: int) -> dict:
+    """Gathers all ranks' raw scores once, by integer id, and fills exp.advantage and exp.valid; returns metrics."""
+    config, group = trainer.config, trainer.config.policy.group
+    components = trainer.components
+    ids, everything = gather_rows(exp.ids, table(scores, components), trainer.engine.ranks)
+    write_scores(trainer, everything, chosen, step)
+    slot = ids // group
+    categories = [chosen[s][0].category for s in slot.tolist()]
+    weights = torch.tensor([weights_of(config.advantage, c, components) for c in categories])
+    control = shuffle_inside(slot, step, config.run.seed) if config.advantage.shuffle else None
+    noise = read_noise(trainer.rewards, components)
+    advantage, valid = advantages(everything, slot, weights, config.advantage, noise, control)
+    failed = float(everything.isnan().any(1).double().mean())
+    if failed > config.advantage.max_failed:
+        raise UserError(
+            f"step {step + 1}: {failed:.0%} of the samples could not be scored, more than advantage.max_failed="
+            f"{config.advantage.max_failed:.0%}; mend the reward, then start the same command again"
+        )
+    exp.advantage, exp.valid = advantage[exp.ids], valid[exp.ids]
+    exp.valid_by_slot = valid.view(-1, group).sum(1)
+    return monitor.reward_metrics(everything, components, categories, weights, slot, advantage, valid)
+
+
+def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -> dict:
+    """All optimizer steps of one rollout; returns their metrics."""
+    config, engine, policy = trainer.config, trainer.engine, trainer.config.policy
+    parts = prepare(trainer, exp, slots)
+    rows, norms, skips = [], [], 0
+    pairs = policy.prompts * policy.group * config.flow.steps
+    for epoch in range(policy.epochs):
+        for layout, batches in parts:
+            stats = accumulate(engine.model, layout, batches, config)
+            norm, skipped = engine.update(step)
+            norms.append(norm)
+            skips += skipped
+            rows.append((torch.cat([b.ids for b in batches if b.live]) + epoch * pairs, stats))
+    if trainer.old:
+        engine.weights.blend("old", min(policy.nft.old_decay, policy.nft.old_ramp * step))
+    ids, stats = gather_rows(torch.cat([i for i, _ in rows]), torch.cat([s for _, s in rows]).cpu(), engine.ranks)
+    return {**_summary(stats, policy.epochs), "grad_norm": sum(norms) / len(norms), "skipped": skips}
+
+
+def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> list[tuple]:
+    """Per minibatch its layout and its batches, with old and reference velocities where the loss needs them."""
+    config, engine, policy = trainer.config, trainer.engine, trainer.config.policy
+    size = policy.prompts // policy.minibatches
+    updates, parts = policy.epochs * policy.minibatches, []
+    for number in range(policy.minibatches):
+        prompts = [i for i, slot in enumerate(slots) if slot // size == number]
+        layout = lay_out(
+            [exp.conditions[i] for i in prompts],
+            exp.pairs(prompts),
+            policy.micro_tokens,
+            lambda s, n: agree(s, n, engine.ranks),
+        )
+        valid_pairs = int(exp.valid_by_slot[number * size : (number + 1) * size].sum()) * policy.timesteps.count
+        weight = 1.0 / max(1, valid_pairs)
+        unique = len({tuple(p) for p in layout.packs})
+        batches = [make_batch(exp, layout, p, config, weight, live=i < unique) for i, p in enumerate(layout.packs)]
+        parts.append((layout, batches))
+    recompute = policy.old == "recompute" or trainer.old or (policy.old == "auto" and updates > 1)
+    if recompute:
+        with engine.weights.using(trainer.old):
+            _fill(engine.model, parts, "v_old")
+    if policy.old == "rollout":
+        _check_drift(trainer, parts)
+    if policy.kl:
+        with engine.weights.reference():
+            _fill(engine.model, parts, "v_ref")
+    return parts
+
+
+def _fill(model, parts, name: str) -> None:
+    for layout, batches in parts:
+        for batch, v in zip(batches, velocities(model, layout, batches), strict=True):
+            setattr(batch, name, v)
+
+
+def _check_drift(trainer: Trainer, parts: list[tuple[object, list[Batch]]]) -> None:
+    """`old: rollout` at its first use: the batches of rollout and update differ, so the ratio does not start at 1."""
+    if trainer.engine.notes.get("drift_checked"):
+        return
+    trainer.engine.notes["drift_checked"] = True
+    values = [
+        drift(v, b)
+        for layout, batches in parts
+        for v, b in zip(velocities(trainer.engine.model, layout, batches), batches, strict=True)
+    ]
+    every = torch.cat(values).double()
+    total = torch.stack([every.sum(), torch.full_like(every, 1).sum()])
+    if trainer.engine.ranks.world > 1:  # ranks start together or not at all
+        torch.distributed.all_reduce(total)
+    mean = float(total[0] / total[1])
+    limit = (
+        1e-6
+        if trainer.config.model.dtype != "bfloat16"
+        else min(trainer.config.policy.clip_low, trainer.config.policy.clip_high) / 4
+    )
+    if not mean <= limit:
+        raise UserError(
+            f"policy.old=rollout: log-probabilities differ by {mean:.1e} before the first update, more than {limit:.1e}; use recompute"
+        )
+
+
+def _summary(stats: torch.Tensor, epochs: int) -> dict:
+    """Means over the valid pairs of every pass."""
+    stats = stats[stats[:, STATS.index("valid")] > 0]
+    if not len(stats):  # every group was dropped
+        return {"valid_pairs": 0, "loss": 0.0}
+    column = {name: stats[:, i] for i, name in enumerate(STATS)}
+    ratio = column["ratio"]
+    return {
+        "valid_pairs": len(stats) // epochs, "loss": float(column["loss"].mean()), "kl": float(column["kl"].mean()), "ratio_mean": float(ratio.mean()),
+        "ratio_min": float(ratio.min()), "ratio_max": float(ratio.max()), "clip_fraction": float(column["clipped"].mean()),
+        "log_ratio_abs": float(ratio.log().abs().mean()),
+    }  # fmt: skip

@@ -1,0 +1,186 @@
+"""One optimizer step of RL over packed (sample, node) pairs (algorithm page, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qirl.config import TrainConfig
+from qirl.flow.rollout import Kept
+from qirl.kernels import policy_loss
+from qirl.kernels.flow_step import MODES, Step, log_prob, mean_std
+from qirl.kernels.philox import LOSS, TRANSITION, Stream, normal
+from qirl.models.qwen_image_21 import QwenImage21
+from qirl.packing import Condition, PackedBatch, Target
+from qirl.policy.packs import Layout, Pair, Prefix
+
+STATS = ("loss", "ratio", "clipped", "kl", "valid")
+
+
+@dataclass
+class Experience:
+    """What one rank sampled in one step, per sample: target, nodes, latents, transitions, advantage."""
+
+    conditions: Sequence[Condition]
+    targets: Sequence[Target]
+    stream: Stream
+    grid: torch.Tensor  # float32 [R, steps + 1]
+    nodes: Sequence[tuple[int, ...]]
+    x0: Sequence[torch.Tensor]
+    kept: dict[tuple[int, int], Kept]
+    ids: torch.Tensor  # int64 [R], unique over ranks
+    advantage: torch.Tensor  # float32 [R]
+    valid: torch.Tensor  # bool [R]
+    valid_by_slot: torch.Tensor | None = (
+        None  # int64 [prompts of the step]: valid samples of each group, over all ranks
+    )
+
+    def pairs(self, prompts: Sequence[int]) -> list[Pair]:
+        """The trained pairs of these prompts (indices of `conditions`), renumbered from 0, sorted by prompt."""
+        place = {prompt: index for index, prompt in enumerate(prompts)}
+        return [
+            Pair(i, node, place[t.prompt], t.height, t.width)
+            for i, t in enumerate(self.targets)
+            if t.prompt in place
+            for node in self.nodes[i]
+        ]
+
+
+@dataclass
+class Batch:
+    """One pack ready to run: inputs of the model and of the loss, all on the device."""
+
+    body: PackedBatch
+    x: torch.Tensor
+    t: torch.Tensor
+    row: torch.Tensor
+    weight: torch.Tensor  # float64 [pairs]: 1 / (number of valid pairs of the step, over all ranks), or 0
+    advantage: torch.Tensor
+    ids: torch.Tensor
+    live: bool  # False: a repeat with weight 0, run because another rank has more packs
+    x0: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    step: Step | None = None
+    x_next: torch.Tensor | None = None
+    z: torch.Tensor | None = None
+    v_rollout: torch.Tensor | None = None
+    v_old: torch.Tensor | None = None
+    v_ref: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.body.lengths
+
+
+def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: TrainConfig, weight: float, live: bool):
+    """The batch of the pairs `members`; weight is that of a valid pair; live=False gives all of them weight 0."""
+    device = exp.grid.device
+    pairs = [layout.pairs[i] for i in members]
+    body = layout.body(members, device)
+    samples = torch.tensor([p.sample for p in pairs], device=device)
+    nodes = torch.tensor([p.node for p in pairs], device=device)
+    row, token = body.target_row, body.token_in_target
+    weights = exp.valid.to(device)[samples].double() * (weight if live else 0.0)
+    common = dict(
+        body=body,
+        row=row,
+        weight=weights,
+        advantage=exp.advantage.to(device)[samples],
+        ids=exp.ids[samples.cpu()] * config.flow.steps + nodes.cpu(),
+        live=live,
+    )
+    t = exp.grid[samples, nodes]
+    if config.policy.loss == "nft":
+        x0 = torch.cat([exp.x0[p.sample] for p in pairs])
+        noise = _by_node(exp.stream, samples, nodes, row, token, x0.shape[1], LOSS).to(x0.dtype)
+        along = t[row, None].to(x0.dtype)
+        return Batch(x=(1 - along) * x0 + along * noise, t=t, x0=x0, noise=noise, **common)
+    mode = torch.full((len(pairs),), MODES.index(config.flow.sampler), device=device)
+    step = Step(t, exp.grid[samples, nodes + 1], exp.grid[samples, 1], mode, config.flow.level)
+    kept = [exp.kept[p.sample, p.node] for p in pairs]
+    x, x_next = (torch.cat([getattr(k, name) for k in kept]) for name in ("x", "x_next"))
+    batch = Batch(x=x, t=t, step=step, x_next=x_next, **common)
+    if config.flow.guidance != 1.0:  # hybrid CFG, residual form: the drawn noise around the conditional mean
+        batch.z = _by_node(exp.stream, samples, nodes, row, token, x.shape[1], TRANSITION)
+    if config.policy.old == "rollout":
+        batch.v_rollout = torch.cat([k.v for k in kept])
+    return batch
+
+
+def _by_node(stream: Stream, samples, nodes, row, token, channels: int, purpose: int) -> torch.Tensor:
+    """Normals of every pair: the draw of its own sample at its own node."""
+    out = torch.empty(len(token), channels, device=token.device)
+    at = nodes[row]
+    for node in sorted(set(nodes.tolist())):
+        own = at == node
+        out[own] = normal(stream, samples[row[own]], token[own], channels, node, purpose)
+    return out
+
+
+@torch.no_grad()
+def velocities(model: QwenImage21, layout: Layout, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """The model's velocity of every batch, over the same packs as the update."""
+    prefix = Prefix(model, layout, batches[0].x.device)
+    return [model(b.body, b.x, b.t, prefix.leaves) for b in batches]
+
+
+def loss_and_stats(v: torch.Tensor, batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss of the pack, per-pair STATS [pairs, 5])."""
+    policy = config.policy
+    if batch.v_old is not None:
+        v_old = batch.v_old
+    else:
+        v_old = batch.v_rollout if batch.v_rollout is not None else v.detach()
+    if policy.loss == "nft":
+        r = policy_loss.nft_weight(batch.advantage, config.advantage.clip)
+        loss = policy_loss.nft(
+            v, v_old, batch.x0, batch.noise, batch.row, batch.t, r, batch.lengths, policy.nft.beta,
+            policy.nft.x0_weighted, config.advantage.clip,
+        )  # fmt: skip
+        ratio, clipped = torch.ones_like(loss), torch.zeros_like(loss)
+    else:
+        x_next = batch.x_next
+        if batch.z is not None:
+            x_next = policy_loss.residual_target(v_old, batch.x, batch.z, batch.row, batch.step)
+        loss, ratio, clipped = policy_loss.policy_ratio(
+            v, v_old, batch.x, x_next, batch.row, batch.step, batch.advantage, batch.lengths,
+            policy.clip_low, policy.clip_high, policy.loss == "guard",
+        )  # fmt: skip
+    kl = torch.zeros_like(loss)
+    if policy.kl:
+        kl = (
+            policy_loss.velocity_kl(v, batch.v_ref, batch.lengths)
+            if policy.kl_form == "velocity"
+            else policy_loss.transition_kl(v, batch.v_ref, batch.x, batch.row, batch.step, batch.lengths)
+        )
+    valid = (batch.weight > 0).to(loss.dtype)
+    stats = torch.stack([loss.detach(), ratio, clipped.to(loss.dtype), kl.detach(), valid], 1)
+    total = loss + policy.kl * kl if policy.kl else loss
+    return (total * batch.weight.to(total.dtype)).sum(), stats
+
+
+def accumulate(model: QwenImage21, layout: Layout, batches: Sequence[Batch], config: TrainConfig) -> torch.Tensor:
+    """Adds the gradients of all packs; returns the per-pair stats of the live ones, [pairs, 5]."""
+    prefix = Prefix(model, layout, batches[0].x.device)
+    stats = []
+    for batch in batches:
+        loss, own = loss_and_stats(model(batch.body, batch.x, batch.t, prefix.leaves), batch, config)
+        loss.backward()
+        if batch.live:
+            stats.append(own)
+    prefix.backward()
+    return torch.cat(stats)
+
+
+def drift(v: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """|log-probability now - at the rollout| per pair: what `old: rollout` adds to every log ratio."""
+    values = []
+    for velocity in (v, batch.v_rollout):
+        mean, std = mean_std(batch.x, velocity, batch.row, batch.step)
+        values.append(log_prob(batch.x_next, mean, std, batch.step.mode, batch.lengths))
+    return (values[0] - values[1]).abs()
+
+
+__all__ = ["STATS", "Batch", "Experience", "accumulate", "drift", "make_batch", "velocities"]

@@ -1,0 +1,105 @@
+"""A base model by flow matching with condition dropout: what RL starts from where no trained model is at hand.
+
+    x_t = (1 - t) x0 + t noise;   loss = |v(x_t, t, prompt) - (noise - x0)|^2,   t = sigmoid(normal)
+
+Source: Lipman et al. (flow matching, 2023), Esser et al. (logit-normal t, 2024), Ho and Salimans (dropout, 2022).
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from qirl.config import PretrainConfig
+from qirl.data.world import DigitsWorld, make_world
+from qirl.engine import Engine, Stop
+from qirl.errors import UserError
+from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
+from qirl.kernels.velocity_match import velocity_match
+from qirl.packing import Target, cut, pack
+from qirl.parallel.data import agree, world_size
+from qirl.run.progress import Live
+
+
+def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
+    """Trains (or continues) the base in config.run.out and exports it to its model/ folder.
+
+    Raises UserError for a config or a folder that does not fit; SystemExit 143 after a SIGTERM, on a checkpoint.
+    """
+    if config.pretrain.batch < world_size():
+        raise UserError(
+            f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
+        )
+    world = make_world(config.world)
+    need = world.height * world.width + max(world.condition(p.text).tokens for p in world.prompts("train"))
+    if config.pretrain.micro_tokens < need:
+        raise UserError(
+            f"pretrain.micro_tokens={config.pretrain.micro_tokens} tokens is smaller than one sample of {need} tokens; "
+            f"set it to {need} or more"
+        )
+    engine = Engine.open(config, world)
+    run = config.run
+    done = engine.resume()
+    with Stop() as stop, Live("pretrain", run.steps, done, show=engine.ranks.first and not quiet) as live:
+        for step in range(done, run.steps):
+            record = train_step(engine, world, step)
+            engine.log(record)
+            live.update(step + 1, {"loss": record["loss"], "images/s": record["images_per_second"]})
+            stopping = stop.agreed(engine.ranks)
+            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps or stopping:
+                engine.save(step + 1)
+            if stopping and step + 1 < run.steps:
+                raise SystemExit(143)
+    engine.finish(
+        {"world": world.name, "text_dim": world.text_dim, "unconditional": config.pretrain.drop_condition > 0}
+    )
+    return engine
+
+
+def train_step(engine: Engine, world: DigitsWorld, step: int) -> dict:
+    """One update on pretrain.batch fresh examples, a pure function of (seed, step)."""
+    options, ranks, begun = engine.config.pretrain, engine.ranks, time.monotonic()
+    mine = list(range(ranks.rank, options.batch, ranks.world))
+    draws = stream(engine.config.run.seed, mine, [0] * len(mine), step)
+    u = uniform(draws, 5, 0, DATA)
+    texts, x0 = world.training_examples(1 - u[:, :4].numpy())  # u is in (0, 1]
+    texts = ["" if drop else text for text, drop in zip(texts, u[:, 4] <= options.drop_condition, strict=True)]
+    t = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(uniform(draws, 1, 0, NODES)[:, 0]))
+
+    conditions = [world.condition(text) for text in texts]
+    order = sorted(range(len(mine)), key=lambda i: conditions[i].tokens)  # equal shapes side by side run as one call
+    tokens = world.height * world.width
+    packs = cut([conditions[i].tokens + tokens for i in order], options.micro_tokens, "pretrain.micro_tokens")
+    _, count = agree(False, len(packs), ranks)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for place in range(count):
+        members = torch.tensor([order[i] for i in packs[place % len(packs)]])
+        total += (
+            micro_step(engine, world, conditions, draws.rows(members), members, x0, t, place < len(packs))
+            / options.batch
+        )
+    if ranks.world > 1:
+        torch.distributed.all_reduce(total)
+    norm, skipped = engine.update(step)
+    seconds = time.monotonic() - begun
+    return {
+        "step": step + 1, "loss": float(total), "grad_norm": norm, "skipped": int(skipped),
+        "lr": engine.optimizer.lr(step), "time/step": seconds, "images_per_second": options.batch / seconds,
+    }  # fmt: skip
+
+
+def micro_step(engine: Engine, world: DigitsWorld, conditions, draws, members, x0, t, live: bool) -> torch.Tensor:
+    """Adds the gradients of one pack (none if it is only there to keep ranks in step); returns its summed loss."""
+    device, own = engine.ranks.device, members.tolist()
+    targets = [Target(i, world.height, world.width) for i in range(len(own))]
+    body = pack([conditions[i] for i in own], targets, device=device)
+    row, token = body.target_row, body.token_in_target
+    noise = normal(draws, row.cpu(), token.cpu(), world.channels, 0, LOSS).to(device)
+    clean = x0[members].flatten(0, 1).to(device)
+    times = t[members].float().to(device)
+    along = times[row, None]
+    v = engine.model(body, (1 - along) * clean + along * noise, times)
+    loss = velocity_match(v, noise - clean, body.lengths).sum()
+    (loss / engine.config.pretrain.batch if live else loss * 0).backward()
+    return loss.detach() if live else loss.detach() * 0

@@ -1,0 +1,34 @@
+"""Helper modules beside the tests (tiny_runs) are importable, and a model of random weights is at hand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A diffusers folder of a 2-layer, 32-wide model of the digits world, random weights."""
+    import tiny_runs
+
+    return tiny_runs.save_random_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def opened(tmp_path, tiny_model):
+    """open(*config parts, reward=...) -> Trainer, each in its own run folder."""
+
+    import torch.distributed as dist
+    from tiny_runs import colours, train_config
+
+    from qirl.policy import trainer as training
+
+    def open_one(*parts, reward=colours):
+        number = len(list(tmp_path.glob("run*")))
+        return training.open_trainer(train_config(tmp_path / f"run{number}", tiny_model, *parts), [reward])
+
+    yield open_one
+    if dist.is_initialized():  # bfloat16 runs make a process group
+        dist.destroy_process_group()

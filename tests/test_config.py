@@ -1,0 +1,172 @@
+import pytest
+import yaml
+
+from qirl.config import KINDS, describe, load, to_dict
+from qirl.errors import UserError
+from qirl.paths import configs, find_config
+
+RL = {"model": {"path": "base"}}
+
+
+def refusal(kind: str, source, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(kind, source, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("polcy.group=4", "policy"),
+        ("policy.gruop=4", "policy.group"),
+        ("policy.nft.betta=1", "policy.nft.beta"),
+        ("policy.timesteps.cuont=1", "policy.timesteps.count"),
+        ("policy.lr=1", "optimizer.lr"),
+        ("group=4", "policy.group"),
+        ("model.lora.rnak=4", "model.lora.rank"),
+    ],
+)
+def test_an_unknown_name_is_refused_at_any_depth_with_the_nearest_one(override, nearest):
+    assert f"did you mean '{nearest}'?" in refusal("train", RL, override)
+    name, value = override.split("=")
+    tree = int(value)
+    for part in reversed(name.split(".")):
+        tree = {part: tree}
+    assert f"did you mean '{nearest}'?" in refusal("train", tree)
+
+
+def test_a_section_of_another_command_is_named():
+    assert refusal("train", {**RL, "pretrain": {}}).startswith("'pretrain' belongs to `qirl pretrain`")
+    assert refusal("pretrain", None, "policy.group=4").startswith("'policy' belongs to `qirl train`")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.seed=null", "run.seed=true", "run.seed=-1", "run.seed=18446744073709551616", "run.seed=1.5", "run.steps=0",
+        "run.steps=many", "run.out=null", "optimizer.lr=true", "optimizer.lr=.nan", "optimizer.lr=.inf",
+        "optimizer.lr=0", "optimizer.betas=0.9", "optimizer.betas=[0.9]", "optimizer.betas=[0.9, true]",
+        "optimizer.betas=[0.9, 1.0]", "flow.rescale=1", "flow.rescale=on please", "flow.sampler=sd", "flow.steps=1001",
+        "flow.base_tokens=9000", "policy.loss=3", "advantage.weights=[1, 2]", "advantage.weights.digit=true",
+        "advantage.weights.digit=-1", "advantage.category_weights.plain=1", "policy=3", "policy.group.x=3", "policy.group",
+        "=3", "policy.group=[1",
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_and_named(override):
+    name = override.partition("=")[0]
+    line = refusal("train", RL, override)
+    assert name.split(".")[-1] in line or "override" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fix"),
+    [
+        (["policy.group=1"], "use 2 or more"),
+        (["policy.timesteps.count=9"], "use 7 or fewer"),
+        (["flow.sampler=sde"], "use ode"),
+        (["policy.loss=grpo"], "set flow.sampler=sde"),
+        (["policy.loss=guard", "flow.sampler=cps"], "use flow.sampler=sde"),
+        (["policy.loss=grpo", "flow.sampler=cps", "flow.level=1.5"], "use 1 or less"),
+        (["policy.loss=grpo", "flow.sampler=cps", "policy.kl_form=transition"], "use velocity"),
+        (["policy.old=recompute"], "leave policy.old=auto"),
+        (["policy.loss=grpo", "flow.sampler=sde", "policy.old=detach", "policy.epochs=2"], "use recompute"),
+        (["policy.loss=grpo", "flow.sampler=sde", "policy.old=rollout", "flow.guidance=4"], "use recompute"),
+        (["policy.minibatches=3"], "use 6 prompts"),
+        (["model.architecture.layers=2"], "remove one of the two"),
+        (["model.path=null"], "name a model folder"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_with_the_fix(overrides, fix):
+    assert fix in refusal("train", RL, *overrides)
+
+
+def test_contradictions_of_the_other_commands():
+    assert "set model.path, or rank 0" in refusal("pretrain", None, "model.lora.rank=4")
+    assert "remove it" in refusal("pretrain", None, "world.prompts=mine.txt")
+    assert "even" in refusal("pretrain", None, "model.architecture.head_dim=16")
+    assert "such as [1, 4]" in refusal("evaluate", None, "evaluation.guidance=[]")
+    assert "such as [1, 4]" in refusal("evaluate", None, "evaluation.guidance=[-1]")
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    text = (
+        "model: {path: base}\noptimizer: {lr: 1e-4, betas: [9e-1, 0.95]}\nrun: {steps: 2e1, seed: 18446744073709551615}"
+    )
+    (tmp_path / "c.yaml").write_text(text)
+    config = load(
+        "train", tmp_path / "c.yaml", ["optimizer.eps=1e-6", "advantage.weights.digit=1e-1", "flow.guidance=4"]
+    )
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.eps) == (1e-4, (0.9, 0.95), 1e-6)
+    assert (config.run.steps, config.run.seed, config.flow.guidance) == (20, 2**64 - 1, 4.0)
+    assert config.advantage.weights == {"digit": 0.1}
+
+
+def test_text_stays_text():
+    assert load("train", RL, ["run.out=2024"]).run.out == "2024"
+    assert load("train", RL, ["run.out=runs/a=b"]).run.out == "runs/a=b"
+    assert load("train", RL, ["model.path='7'"]).model.path == "7"
+    assert "put it in quotes" in refusal("train", {"model": {"path": 7}})
+
+
+def test_null_is_the_absence_of_a_path():
+    assert load("evaluate", {"model": {"path": None}, "world": {"prompts": None}}).model.path is None
+    assert load("pretrain", {"model": {"path": "base"}}, ["model.path=null"]).model.path is None
+
+
+def test_an_empty_section_means_its_defaults():
+    assert load("pretrain", {"pretrain": None}, ["run.seed=1"]) == load("pretrain", {"run": {"seed": 1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a\n- b", "holds a list"),
+        ("just words", "holds a str"),
+        ("run: {steps: 3", "line 1, column"),
+        ("run:\n\tsteps: 3", "line 2, column 1"),
+        ("run: {steps: 1, steps: 2}", "'steps' is given twice"),
+        ("? [a, b]\n: 1", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_sections_is_refused(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    assert words in refusal("train", tmp_path / "c.yaml")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    assert "No such file" in refusal("train", tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"run: {out: \xff\xfe}")
+    assert "is not valid YAML" in refusal("train", tmp_path / "c.yaml")
+
+
+def test_what_was_given_is_not_changed():
+    given = {"model": {"path": "base"}, "policy": {"group": 4}}
+    load("train", given, ["policy.group=8", "run.seed=3"])
+    assert given == {"model": {"path": "base"}, "policy": {"group": 4}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_resolved_config_reads_back_as_itself(kind, tmp_path):
+    config = load(kind, RL)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load(kind, tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_is_described(kind):
+    for name, type_name, default, text in describe(kind):
+        assert type_name and default and len(text) > 10, name
+        assert "typing" not in type_name and "<" not in type_name.replace("<=", "").replace("< ", ""), type_name
+
+
+@pytest.mark.parametrize("name", ["pretrain", "t2i", "evaluate"])
+def test_the_shipped_configs_are_valid(name):
+    kind = {"t2i": "train"}.get(name, name)
+    load(kind, find_config(f"digits/{name}"))
+    assert find_config(f"digits/{name}") == configs() / f"digits/{name}.yaml"
+
+
+def test_an_unknown_config_names_the_nearest_one():
+    with pytest.raises(UserError, match="did you mean 'digits/pretrain'"):
+        find_config("digits/pretrian")

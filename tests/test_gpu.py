@@ -1,0 +1,87 @@
+"""What only a GPU can show: `python -m pytest -m gpu`."""
+
+import warnings
+
+import pytest
+import torch
+
+from qirl.config import Flow
+from qirl.flow.rollout import rollout
+from qirl.kernels import philox
+from qirl.models.attention import CudaFlash, Dense, packed_attention
+from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.packing import Condition, Target, pack
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CONFIG = QwenImage21Config(
+    in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64, num_attention_heads=2, context_in_dim=32,
+    axes_dims_rope=(16, 24, 24),
+)  # fmt: skip
+
+
+def inputs(device):
+    generator = torch.Generator().manual_seed(0)
+    conditions = [Condition(torch.randn(n, 32, generator=generator)) for n in (5, 9)]
+    targets = [Target(0, 8, 8), Target(0, 8, 8), Target(1, 4, 6)]
+    return (
+        conditions,
+        targets,
+        torch.randn(152, 16, generator=generator).to(device),
+        torch.rand(3, generator=generator).to(device),
+    )
+
+
+def test_velocity_and_gradients_equal_those_of_the_cpu():
+    torch.manual_seed(0)
+    model, results = QwenImage21(CONFIG), {}
+    for device in ("cpu", "cuda"):
+        conditions, targets, x, t = inputs(device)
+        model.to(device).zero_grad()
+        v = model(pack(conditions, targets, device=device), x, t)
+        v.square().sum().backward()
+        results[device] = [v.detach().cpu(), *(p.grad.cpu() for p in model.parameters())]
+    for got, expected in zip(results["cuda"], results["cpu"], strict=True):
+        assert (got - expected).norm() <= 1e-3 * expected.norm()  # float32 in another order, TF32 off by default
+
+
+def test_cuda_flash_equals_the_formula_with_gradients():
+    conditions, targets, *_ = inputs("cuda")
+    packed = pack(conditions, targets, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v = torch.randn(3, packed.tokens, 2, 64, device="cuda", generator=generator).bfloat16()
+    results = []
+    for backend, dtype in ((CudaFlash, torch.bfloat16), (Dense, torch.float32)):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        out = packed_attention(*leaves, None, None, packed.own, packed.past, backend)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for got, expected in zip(*results, strict=True):
+        assert (got.float() - expected).norm() <= 0.02 * expected.norm()  # bfloat16 keeps 8 bits
+
+
+def test_the_step_loop_never_waits_for_the_gpu():
+    torch.manual_seed(0)
+    model = QwenImage21(CONFIG).cuda()
+    conditions, targets, *_ = inputs("cuda")
+    null = Condition(torch.zeros(1, 32))
+
+    def waits(steps: int) -> int:
+        draws = philox.stream(0, [0, 0, 1], [0, 1, 0], 0, "cuda")
+        flow = Flow(steps=steps, sampler="sde", guidance=2.0)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                rollout(model, conditions, targets, draws, flow, [(1,), (0,), (2,)], [null, null])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(w.message) for w in seen)
+
+    waits(4)
+    assert waits(4) == waits(12)
+
+
+def test_noise_on_the_gpu_has_the_words_of_the_cpu():
+    row, token = torch.zeros(64, dtype=torch.int64), torch.arange(64)
+    cpu = philox.normal(philox.stream(3, [5], [1], 2), row, token, 16, 1, philox.INITIAL)
+    gpu = philox.normal(philox.stream(3, [5], [1], 2, "cuda"), row.cuda(), token.cuda(), 16, 1, philox.INITIAL)
+    torch.testing.assert_close(gpu.cpu(), cpu, rtol=0, atol=2e-6)
