@@ -76,6 +76,9 @@ class Run(Section):
 
 class World(Section):
     name: Literal["digits"] = option("digits", "data, condition encoder, autoencoder and built-in rewards")
+    task: Literal["t2i", "edit", "mixed"] = option(
+        "t2i", "which prompts: text-to-image, edits of source images, or both"
+    )
     prompts: str | None = option(
         None, "file of training prompts (.txt, or .jsonl with text, category, id); null: the built-in ones"
     )

@@ -16,6 +16,7 @@ from qirl.costs import Flops, activation_bytes, forward_flops
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import DTYPES, find_model, model_config
+from qirl.flow.rollout import with_negatives
 from qirl.models.lora import add_lora
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weights import check_weights
@@ -96,7 +97,7 @@ def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ra
     """Texts of training prompts stand for the examples' own; dropped conditions make packs a little smaller."""
     batch = -(-config.pretrain.batch // ranks)
     prompts = PromptSampler(world.prompts("train"), config.run.seed).step(0, batch)
-    conditions = sorted((world.condition(p.text) for p, _ in prompts), key=lambda c: c.tokens)
+    conditions = sorted((world.condition(p) for p, _ in prompts), key=lambda c: c.tokens)
     size = world.height * world.width
     runs = cut([c.tokens + size for c in conditions], config.pretrain.micro_tokens, "pretrain.micro_tokens")
     bodies = [
@@ -116,8 +117,9 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     slots = list(range(0, policy.prompts, ranks))
     sampler = PromptSampler(world.prompts("train", config.world.prompts), config.run.seed)
     chosen = sampler.step(0, policy.prompts)
-    conditions = [world.condition(chosen[slot][0].text) for slot in slots]
-    rolled, rollout = _rollout(model, world, conditions, policy.group, flow, flow.rollout_tokens)
+    prompts = [chosen[slot][0] for slot in slots]
+    conditions = [world.condition(p) for p in prompts]
+    rolled, rollout = _rollout(model, world, prompts, policy.group, flow, flow.rollout_tokens)
     size = policy.prompts // policy.minibatches
     shares = [[i for i, slot in enumerate(slots) if slot // size == m] for m in range(policy.minibatches)]
     layouts = [_layout(config, world, conditions, share) for share in shares]
@@ -162,20 +164,22 @@ def _kept_bytes(config: TrainConfig, world: DigitsWorld, prompts: int) -> int:
     return values * (max(size, 4) + policy.timesteps.count * transition)
 
 
-def _rollout(model: QwenImage21, world: DigitsWorld, conditions, group: int, flow: Flow, budget: int, whole=False):
-    """Batches and FLOPs of sampling `group` images per condition; whole: a prompt's images stay in one batch."""
+def _rollout(model: QwenImage21, world: DigitsWorld, prompts, group: int, flow: Flow, budget: int, whole=False):
+    """Batches and FLOPs of sampling `group` images per prompt; whole: a prompt's images stay in one batch."""
     guided = flow.guidance != 1
     size, twice = world.height * world.width, 2 if guided else 1
-    count = len(conditions) * (1 if whole else group)
+    count = len(prompts) * (1 if whole else group)
     cost = size * twice * (group if whole else 1)
     runs = cut([cost] * count, max(budget, cost) if whole else budget, "flow.rollout_tokens")
     bodies, flops = [], Flops()
     for run in runs:
-        prompts = [p for p in run for _ in range(group)] if whole else [i // group for i in run]
-        used = sorted(set(prompts))
-        own = [Target(used.index(p), world.height, world.width) for p in prompts]
-        twins = [Target(len(used), world.height, world.width) for _ in own] if guided else []
-        everything = [conditions[p] for p in used] + ([world.null] if guided else [])
+        places = [p for p in run for _ in range(group)] if whole else [i // group for i in run]
+        used = sorted(set(places))
+        own = [Target(used.index(p), world.height, world.width) for p in places]
+        everything = [world.condition(prompts[p]) for p in used]
+        twins = []
+        if guided:
+            everything, twins = with_negatives(everything, own, [world.negative(prompts[p]) for p in used])
         body = pack(everything, [*own, *twins])
         bodies.append(body)
         prefill = forward_flops(model.config, pack(everything, []))
@@ -186,11 +190,11 @@ def _rollout(model: QwenImage21, world: DigitsWorld, conditions, group: int, flo
 def _evaluate(config: EvaluateConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
     options = config.evaluation
     sampler = PromptSampler(world.prompts("held_out", config.world.prompts), options.seed)
-    conditions = [world.condition(p.text) for p, _ in sampler.step(0, options.prompts)]
+    prompts = [p for p, _ in sampler.step(0, options.prompts)]
     tokens, flops = {}, {}
     for guidance in options.guidance:
         flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance})
-        found = _rollout(model, world, conditions, options.group, flow, options.batch_tokens, whole=True)
+        found = _rollout(model, world, prompts, options.group, flow, options.batch_tokens, whole=True)
         tokens[f"guidance {guidance:g}"], flops[f"guidance {guidance:g}"] = found
     return tokens, flops, {}
 

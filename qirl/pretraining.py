@@ -12,6 +12,7 @@ import time
 import torch
 
 from qirl.config import PretrainConfig
+from qirl.data.digits import UNIFORMS
 from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import Engine, Stop
 from qirl.errors import UserError
@@ -32,7 +33,7 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
             f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
         )
     world = make_world(config.world)
-    need = world.height * world.width + max(world.condition(p.text).tokens for p in world.prompts("train"))
+    need = world.height * world.width + max(world.condition(p).tokens for p in world.prompts("train"))
     if config.pretrain.micro_tokens < need:
         raise UserError(
             f"pretrain.micro_tokens={config.pretrain.micro_tokens} tokens is smaller than one sample of {need} tokens; "
@@ -62,12 +63,12 @@ def train_step(engine: Engine, world: DigitsWorld, step: int) -> dict:
     options, ranks, begun = engine.config.pretrain, engine.ranks, time.monotonic()
     mine = list(range(ranks.rank, options.batch, ranks.world))
     draws = stream(engine.config.run.seed, mine, [0] * len(mine), step)
-    u = uniform(draws, 5, 0, DATA)
-    texts, x0 = world.training_examples(1 - u[:, :4].numpy())  # u is in (0, 1]
-    texts = ["" if drop else text for text, drop in zip(texts, u[:, 4] <= options.drop_condition, strict=True)]
+    u = uniform(draws, UNIFORMS + 1, 0, DATA)
+    prompts, x0 = world.training_examples(1 - u[:, :UNIFORMS].numpy())  # u is in (0, 1]
+    dropped = (u[:, UNIFORMS] <= options.drop_condition).tolist()
     t = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(uniform(draws, 1, 0, NODES)[:, 0]))
 
-    conditions = [world.condition(text) for text in texts]
+    conditions = [(world.negative if drop else world.condition)(p) for p, drop in zip(prompts, dropped, strict=True)]
     order = sorted(range(len(mine)), key=lambda i: conditions[i].tokens)  # equal shapes side by side run as one call
     tokens = world.height * world.width
     packs = cut([conditions[i].tokens + tokens for i in order], options.micro_tokens, "pretrain.micro_tokens")

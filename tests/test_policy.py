@@ -19,6 +19,7 @@ from tiny_runs import (
 )
 from torch.distributions import Normal
 
+from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.flow.grid import sigmas
 from qirl.kernels.flow_step import MODES, Step, mean_std
@@ -128,7 +129,7 @@ def oracle_loss(trainer, exp, chosen, slots, step, old, reference, prompts=None)
         prompt, again = chosen[slots[target.prompt]]
         own = stream(seed, [prompt.id], [again * policy.group + i % policy.group], step)
         zeros, tokens = torch.zeros(64, dtype=torch.int64), torch.arange(64)
-        body = pack([trainer.world.condition(prompt.text)], [Target(0, 8, 8)])
+        body = pack([trainer.world.condition(prompt)], [Target(0, 8, 8)])
         for node in exp.nodes[i]:
             if not exp.valid[i]:
                 continue
@@ -231,7 +232,7 @@ def test_no_unconditional_pass_runs_in_the_update_under_guidance(opened, old, pa
 
     handle = trainer.engine.model.register_forward_pre_hook(watch)
     exp, _, slots = experience(trainer)
-    null = trainer.world.null.text
+    null = trainer.world.negative(Prompt(0, "")).text
     assert seen["targets"] == 12 * 2 * 4  # samples, both branches, steps
     assert any((text == null).all(1).any() for text in seen["texts"])
     seen.update(targets=0, texts=[])

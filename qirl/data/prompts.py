@@ -1,21 +1,32 @@
-"""Prompts: what to draw, with a stable integer id and the category its scores are reported under."""
+"""Prompts: what to draw or to edit, with a stable integer id and the category its scores are reported under."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from qirl.errors import UserError
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `id` (0 to 2**32 - 1) keys the noise and the advantage group: it stays with its text."""
+    """One prompt. `id` (0 to 2**32 - 1) keys the noise and the advantage group: it stays with its text.
+
+    sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image.
+    """
 
     id: int
     text: str
     category: str = "general"
+    sources: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def task(self) -> str:
+        """t2i, or edit where there are source images."""
+        return "edit" if self.sources else "t2i"
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:

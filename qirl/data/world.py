@@ -26,12 +26,15 @@ class DigitsWorld:
     def __init__(self, options: World):
         self.text_dim = options.text_dim
         self.words = WordVectors(options.text_dim)
-        self.condition = lru_cache(maxsize=None)(lambda text: Condition(self.words.encode(text)))
+        self._text = lru_cache(maxsize=None)(lambda text: Condition(self.words.encode(text)))
 
-    @property
-    def null(self) -> Condition:
-        """The unconditional embedding, always the same object."""
-        return self.condition("")
+    def condition(self, prompt: Prompt) -> Condition:
+        """What the transformer is given of a prompt."""
+        return self._text(prompt.text)
+
+    def negative(self, prompt: Prompt) -> Condition:
+        """The unconditional twin of a prompt; for text-to-image always the same object."""
+        return self._text("")
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
         """The built-in prompts of a split ("train" or "held_out"), or those of a file, each naming a known digit."""
@@ -46,10 +49,10 @@ class DigitsWorld:
         """Latents [tokens, channels] each: uint8 images [n, H, W, 3]."""
         return digits.unfold(torch.stack([x.float() for x in latents]))
 
-    def training_examples(self, u: np.ndarray) -> tuple[list[str], torch.Tensor]:
-        """Texts and latents [n, tokens, channels] of n examples, a pure function of uniforms [n, 4]."""
+    def training_examples(self, u: np.ndarray) -> tuple[list[Prompt], torch.Tensor]:
+        """Prompts and latents [n, tokens, channels] of n examples, a pure function of uniforms [n, digits.UNIFORMS]."""
         texts, images = digits.examples(u)
-        return texts, digits.fold(images)
+        return [Prompt(0, text) for text in texts], digits.fold(images)
 
     def rewards(self) -> list[Reward]:
         """The built-in rewards, trained on their own part of the data on first use and cached."""

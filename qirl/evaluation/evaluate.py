@@ -142,8 +142,9 @@ def draw(
         ids = [p.id for p, _ in own for _ in range(group)]
         samples = [before * group + g for _, before in own for g in range(group)]
         draws = stream(seed, ids, samples, 0, next(model.parameters()).device)
-        conditions = [world.condition(p.text) for p, _ in own]
-        out = rollout(model, conditions, targets, draws, flow, negatives=[world.null] * len(own))
+        conditions = [world.condition(p) for p, _ in own]
+        negatives = [world.negative(p) for p, _ in own]
+        out = rollout(model, conditions, targets, draws, flow, negatives=negatives)
         images.append(world.decode(out.latents()))
     flat = np.concatenate(images)
     return flat.reshape(len(prompts), group, *flat.shape[1:])

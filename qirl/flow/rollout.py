@@ -93,7 +93,7 @@ def rollout(
             "(pretrain.drop_condition was 0); set flow.guidance=1"
         )
     nodes = nodes if nodes is not None else [()] * len(targets)
-    everything, twins = _with_negatives(conditions, targets, negatives) if guided else (list(conditions), [])
+    everything, twins = with_negatives(conditions, targets, negatives) if guided else (list(conditions), [])
     packed = pack(everything, [*targets, *twins], device=device)
     half = packed.target_tokens // (2 if guided else 1)
     row, token = packed.target_row[:half], packed.token_in_target[:half]
@@ -123,7 +123,7 @@ def rollout(
     return Rollout(x, lengths, keepers.kept)
 
 
-def _with_negatives(conditions, targets, negatives) -> tuple[list[Condition], list[Target]]:
+def with_negatives(conditions, targets, negatives) -> tuple[list[Condition], list[Target]]:
     """All conditions with the unconditional ones behind them (equal neighbours once), and the targets' twins."""
     unique, place = [], []
     for negative in negatives:

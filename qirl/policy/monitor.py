@@ -53,7 +53,7 @@ def write_samples(trainer, step: int) -> None:
     draws = stream(
         config.run.seed, [p.id for p in prompts], list(range(len(prompts))), MONITOR_ITERATION, engine.ranks.device
     )
-    x0, _ = sample_in_batches(trainer, [world.condition(p.text) for p in prompts], targets, draws, None, flow)
+    x0, _ = sample_in_batches(trainer, prompts, targets, draws, None, flow)
     if engine.ranks.first:
         stem = engine.folder.samples / f"step_{step:06d}"
         grid(world.decode(x0)[None], scale=4).save(stem.with_suffix(".png"))

@@ -182,20 +182,20 @@ def sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int) ->
     slots = list(range(engine.ranks.rank, len(chosen), engine.ranks.world))
     group, device = config.policy.group, engine.ranks.device
     prompts = [chosen[slot][0] for slot in slots]
-    conditions = [world.condition(p.text) for p in prompts]
     targets = [Target(i, world.height, world.width) for i in range(len(slots)) for _ in range(group)]
     sample_index = [chosen[slot][1] * group + g for slot in slots for g in range(group)]
     draws = stream(config.run.seed, [p.id for p in prompts for _ in range(group)], sample_index, step, device)
     grid = grids(targets, config.flow, device)
     nodes = draw_nodes(draws, grid, config.policy.timesteps, last_step=config.policy.loss == "nft")
     with engine.weights.using(trainer.old):
-        x0, kept = sample_in_batches(trainer, conditions, targets, draws, nodes)
+        x0, kept = sample_in_batches(trainer, prompts, targets, draws, nodes)
     ids = torch.tensor([slot * group + g for slot in slots for g in range(group)])
     unset = torch.zeros(len(targets))
+    conditions = [world.condition(p) for p in prompts]
     return Experience(conditions, targets, draws, grid, nodes, x0, kept, ids, unset, unset > 0), slots
 
 
-def sample_in_batches(trainer: Trainer, conditions, targets, draws: Stream, nodes=None, flow=None):
+def sample_in_batches(trainer: Trainer, prompts: Sequence[Prompt], targets, draws: Stream, nodes=None, flow=None):
     """Rolls out all targets, at most flow.rollout_tokens at a time: latents per sample, kept transitions."""
     flow = flow or trainer.config.flow
     twice = 2 if flow.guidance != 1 else 1
@@ -206,21 +206,22 @@ def sample_in_batches(trainer: Trainer, conditions, targets, draws: Stream, node
     with gathered(trainer.engine.model):
         for place in range(count):
             run = runs[place % len(runs)]
-            out = _roll(trainer, conditions, targets, draws, nodes if keep_states else None, flow, run)
+            out = _roll(trainer, prompts, targets, draws, nodes if keep_states else None, flow, run)
             for index, latents in zip(run, out.latents(), strict=True):
                 x0[index] = latents
             kept |= {(run[i], node): k for (i, node), k in out.kept.items()}
     return x0, kept
 
 
-def _roll(trainer: Trainer, conditions, targets, draws: Stream, nodes, flow, run: list[int]) -> Rollout:
+def _roll(trainer: Trainer, prompts, targets, draws: Stream, nodes, flow, run: list[int]) -> Rollout:
     used = sorted({targets[i].prompt for i in run})
     place = {prompt: index for index, prompt in enumerate(used)}
     own = [Target(place[targets[i].prompt], targets[i].height, targets[i].width) for i in run]
-    negatives = [trainer.world.null] * len(used) if trainer.guided else None
+    conditions = [trainer.world.condition(prompts[i]) for i in used]
+    negatives = [trainer.world.negative(prompts[i]) for i in used] if trainer.guided else None
     rows = draws.rows(torch.tensor(run, device=draws.prompt.device))
     own_nodes = [nodes[i] for i in run] if nodes else None
-    return rollout(trainer.engine.model, [conditions[i] for i in used], own, rows, flow, own_nodes, negatives)
+    return rollout(trainer.engine.model, conditions, own, rows, flow, own_nodes, negatives)
 
 
 def score_samples(trainer: Trainer, exp: Experience, chosen, slots: Sequence[int], step: int):
@@ -230,7 +231,8 @@ def score_samples(trainer: Trainer, exp: Experience, chosen, slots: Sequence[int
     samples = []
     for i, image in enumerate(images):
         prompt = chosen[slots[i // group]][0]
-        samples.append(Sample(_number(trainer, step, int(exp.ids[i])), prompt.id, prompt.text, image, prompt.category))
+        number = _number(trainer, step, int(exp.ids[i]))
+        samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources))
     _agree_on_scores(trainer, scores := _score(trainer, samples))
     return scores, images
 

@@ -39,6 +39,11 @@ class Sample:
     sources: tuple[np.ndarray, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def task(self) -> str:
+        """t2i, or edit where there are source images."""
+        return "edit" if self.sources else "t2i"
+
 
 Reward = Callable[[Sequence[Sample]], "list[Scores] | Awaitable[list[Scores]]"]
 
