@@ -131,7 +131,7 @@ def our_update(model, case: Case, data) -> None:
     condition, latents, weights, t = data
     model.zero_grad()
     pairs = [Pair(i, 0, 0, case.side, case.side) for i in range(case.pairs)]
-    layout = lay_out([condition], pairs, case.micro * case.tokens, lambda seam, count: (seam, count))
+    [layout] = lay_out([condition], pairs, case.micro * case.tokens, lambda seam, count: (seam, count))
     prefix = Prefix(model, layout, "cpu")
     for members in layout.packs:
         v = model(layout.body(members, "cpu"), latents[members].flatten(0, 1), t[members], prefix.leaves)

@@ -170,6 +170,18 @@ class Flow(Section):
         return self
 
 
+class Guidance(Section):
+    scope: Literal["rollout", "both", "none"] = option(
+        "rollout",
+        "where flow.guidance acts: in the rollout only (hybrid CFG: no unconditional pass in the update), in rollout and "
+        "objective, or nowhere",
+    )
+    form: Literal["residual", "literal"] = option(
+        "residual",
+        "grpo and guard, scope rollout: train the drawn noise around the conditional mean, or the guided transition itself",
+    )
+
+
 class Timesteps(Section):
     count: int = option(4, "nodes trained per sample", ge=1)
     power: float = option(2.0, "nodes are drawn without replacement with probability proportional to t^power", ge=0)
@@ -280,6 +292,7 @@ class TrainConfig(Section):
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     flow: Flow = Flow()
+    guidance: Guidance = Guidance()
     policy: Policy = Policy()
     advantage: Advantage = Advantage()
 
@@ -293,6 +306,11 @@ class TrainConfig(Section):
         _check_groups(self.policy, self.flow)
         _check_sampler(self.policy, self.flow)
         _check_old(self.policy, self.flow)
+        _require(
+            self.guidance.scope != "none" or self.flow.guidance == 1,
+            f"guidance.scope=none samples without guidance and flow.guidance={self.flow.guidance} asks for it; set "
+            "flow.guidance=1, or scope rollout",
+        )
         _check_weights(self.advantage)
         return self
 

@@ -13,6 +13,7 @@ import yaml
 
 from qirl.config import EvaluateConfig, Flow, PretrainConfig, Section, TrainConfig, to_dict
 from qirl.costs import Flops, activation_bytes, forward_flops
+from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import DTYPES, find_model, model_config
@@ -20,7 +21,7 @@ from qirl.flow.rollout import with_negatives
 from qirl.models.lora import add_lora
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weights import check_weights
-from qirl.packing import Condition, PackedBatch, Target, cut, pack
+from qirl.packing import PackedBatch, Target, cut, pack
 from qirl.policy.packs import Layout, Pair, lay_out
 
 
@@ -104,7 +105,7 @@ def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ra
         pack([conditions[i] for i in run], [Target(k, world.height, world.width) for k in range(len(run))])
         for run in runs
     ]
-    layout = Layout([conditions[i] for i in runs[0]], (), [], seam=False)
+    layout = Layout([conditions[i] for i in runs[0]], (), [], 0, seam=False)
     largest = max(bodies, key=lambda b: b.tokens)
     forward = sum((forward_flops(model.config, b) for b in bodies), Flops())
     flops = {"update": _training_flops(config, model, forward, sum(b.tokens for b in bodies))}
@@ -118,11 +119,10 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     sampler = PromptSampler(world.prompts("train", config.world.prompts), config.run.seed)
     chosen = sampler.step(0, policy.prompts)
     prompts = [chosen[slot][0] for slot in slots]
-    conditions = [world.condition(p) for p in prompts]
     rolled, rollout = _rollout(model, world, prompts, policy.group, flow, flow.rollout_tokens)
     size = policy.prompts // policy.minibatches
     shares = [[i for i, slot in enumerate(slots) if slot // size == m] for m in range(policy.minibatches)]
-    layouts = [_layout(config, world, conditions, share) for share in shares]
+    layouts = [layout for share in shares for layout in _layouts(config, world, [prompts[i] for i in share])]
     bodies = [[layout.body(members, "cpu") for members in layout.packs] for layout in layouts]
     forward, tokens = Flops(), 0
     for layout, own in zip(layouts, bodies, strict=True):
@@ -139,13 +139,13 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
         "activations": activation_bytes(model, layouts[place], largest),
     }
     everything = [b for own in bodies for b in own]
-    prefix = max(layout.prefix("cpu").tokens for layout in layouts) if layouts[place].seam else None
+    prefix = layouts[place].prefix("cpu").tokens if layouts[place].seam else None
     described = {"rollout": rolled, "update": _describe(everything, prefix)}
-    described["update"] |= {"pairs": policy.group * len(slots) * policy.timesteps.count, "updates": updates}
+    described["update"] |= {"tokens": tokens, "pairs": policy.group * len(slots) * policy.timesteps.count, "updates": updates}
     return described, {"rollout": rollout, "update": update}, memory
 
 
-def _layout(config: TrainConfig, world: DigitsWorld, conditions: Sequence[Condition], prompts: list[int]) -> Layout:
+def _layouts(config: TrainConfig, world: DigitsWorld, prompts: Sequence[Prompt]) -> list[Layout]:
     policy = config.policy
     own = [
         Pair(place * policy.group + g, node, place, world.height, world.width)
@@ -153,7 +153,14 @@ def _layout(config: TrainConfig, world: DigitsWorld, conditions: Sequence[Condit
         for g in range(policy.group)
         for node in range(policy.timesteps.count)
     ]
-    return lay_out([conditions[i] for i in prompts], own, policy.micro_tokens, lambda seam, packs: (seam, packs))
+    guided = config.guidance.scope == "both" and config.flow.guidance != 1
+    return lay_out(
+        [world.condition(p) for p in prompts],
+        own,
+        policy.micro_tokens,
+        lambda seam, packs: (seam, packs),
+        [world.negative(p) for p in prompts] if guided else (),
+    )
 
 
 def _kept_bytes(config: TrainConfig, world: DigitsWorld, prompts: int) -> int:
@@ -200,7 +207,7 @@ def _evaluate(config: EvaluateConfig, world: DigitsWorld, model: QwenImage21, ra
 
 
 def _describe(bodies: Sequence[PackedBatch], prefix: int | None = None) -> dict[str, int]:
-    """The number of packs and the size of the largest; prefix: that of the seam, where it runs on its own."""
+    """The number of packs and the size of the largest; prefix: that of the seam, where each prompt's runs on its own."""
     largest = max(bodies, key=lambda b: b.tokens)
     own = largest.prefix_tokens if prefix is None else prefix
     return {
@@ -229,7 +236,7 @@ def print_plan(config: PretrainConfig | TrainConfig | EvaluateConfig, world_size
 
 
 def _sentence(numbers: dict[str, int]) -> str:
-    seam = "; one prefix run for all packs" if numbers["seam"] else ""
+    seam = "; each prompt's prefix runs once" if numbers["seam"] else ""
     return (
         f"{numbers['packs']}{seam}; the largest: {numbers['prefix']} prefix and {numbers['targets']} target tokens "
         f"({numbers['samples']} targets); {numbers['tokens']:,} tokens in all"

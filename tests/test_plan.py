@@ -80,7 +80,7 @@ def test_activations_are_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(body, *inputs(body))
     real = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
-    planned = activation_bytes(model.to("meta"), Layout(conditions(), (), [], seam=False), body)
+    planned = activation_bytes(model.to("meta"), Layout(conditions(), (), [], 0, seam=False), body)
     # strides of the CPU's flash attention may add a copy of its output; nothing else differs
     assert planned == pytest.approx(real, rel=0.05)
 
@@ -117,7 +117,7 @@ def test_packs_and_flops_of_a_real_step(tiny_model, tmp_path, parts):
     exp, slots = drawn[0]
     exp.advantage, exp.valid = torch.randn(len(exp.targets)), torch.ones(len(exp.targets), dtype=torch.bool)
     exp.valid_by_slot = torch.full((policy.prompts,), policy.group)
-    layouts = [layout for layout, _ in prepare(trainer, exp, slots)]
+    layouts = [layout for part in prepare(trainer, exp, slots) for layout, _ in part]
     assert sum(len(layout.packs) for layout in layouts) == found["tokens"]["update"]["packs"]
     assert any(layout.seam for layout in layouts) == found["tokens"]["update"]["seam"]
     assert (

@@ -1,6 +1,7 @@
 """The RL trainer with a real, tiny model: ratios, packs, gradients, copies of the weights, LoRA, traps."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_drift_is_measured_before_the_first_update_only(opened):
 def test_several_updates_recompute_the_old_policy_by_default(opened):
     trainer = opened(SDE, {"policy": {"minibatches": 2}})
     exp, _, slots = experience(trainer)
-    assert all(b.v_old is not None for _, batches in training.prepare(trainer, exp, slots) for b in batches)
+    assert all(b.v_old is not None for part in training.prepare(trainer, exp, slots) for _, own in part for b in own)
 
 
 # packs and gradients
@@ -87,7 +88,8 @@ def step_gradients(trainer, exp, slots, **policy):
     config = trainer.config.model_copy(update={"policy": trainer.config.policy.model_copy(update=policy)})
     own = dataclasses.replace(trainer, config=config)
     parts = training.prepare(own, exp, slots)
-    stats = torch.cat([accumulate(own.engine.model, layout, batches, config) for layout, batches in parts])
+    flat = itertools.chain(*parts)
+    stats = torch.cat([accumulate(own.engine.model, layout, batches, config) for layout, batches in flat])
     return gradients(own), stats, parts
 
 
@@ -106,10 +108,13 @@ def test_gradients_do_not_depend_on_how_the_packs_are_cut(opened, kind, precisio
     perturb(trainer)
     exp, _, slots = experience(trainer)
     whole, stats, parts = step_gradients(trainer, exp, slots)
-    assert not parts[0][0].seam and len(parts[0][1]) == 1
+    [(layout, batches)] = parts[0]
+    assert not layout.seam and len(batches) == 1
     for budget in BUDGETS:
         cut, cut_stats, parts = step_gradients(trainer, exp, slots, micro_tokens=budget)
-        assert parts[0][0].seam == (budget < 390) and len(parts[0][1]) > 1
+        layouts = [layout for layout, _ in parts[0]]
+        assert all(layout.seam == (budget < 390) for layout in layouts) and sum(len(own) for _, own in parts[0]) > 1
+        assert len(layouts) == (len(exp.conditions) if layouts[0].seam else 1)
         torch.testing.assert_close(cut_stats, stats, atol=tolerance * 10, rtol=tolerance)
         assert cut.keys() == whole.keys()
         for name, value in whole.items():

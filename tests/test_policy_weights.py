@@ -1,6 +1,7 @@
 """Trained nodes, copies of the weights, LoRA and the known traps of the RL trainer, with a real, tiny model."""
 
 import importlib
+import itertools
 import json
 import math
 import signal
@@ -12,8 +13,8 @@ from diffusers import QwenImage21Transformer2DModel
 from tiny_runs import SDE, colours, experience, pretrain_config, train_config
 
 from qirl.config import Timesteps
-from qirl.engine import Stop
 from qirl.data.prompts import Prompt
+from qirl.engine import Stop
 from qirl.errors import UserError
 from qirl.kernels.philox import INITIAL, normal, stream
 from qirl.models.weights import load_model
@@ -91,8 +92,8 @@ def test_sampling_policy_of_nft_is_an_average_that_samples_and_serves_as_old(ope
     parts = training.prepare(trainer, exp, slots)
     with engine.weights.using("old"):
         again, _ = training.sample(trainer, chosen, 4)
-        for layout, batches in parts:
-            for batch, v in zip(batches, velocities(engine.model, layout, batches), strict=True):
+        for layout, batches in itertools.chain(*parts):
+            for batch, v in zip(batches, velocities(engine.model, layout, batches, trainer.config), strict=True):
                 assert torch.equal(batch.v_old, v)
     # sample() itself exchanged the copy for the weights there: inside the block it sampled with the weights
     assert not torch.equal(again.x0[0], exp.x0[0])

@@ -181,7 +181,8 @@ def observe(config, reward: str | None) -> dict:
 
     def prepared(*args):
         parts = prepare(*args)
-        seen["packs"].append([(layout.seam, sum(b.live for b in batches), len(batches)) for layout, batches in parts])
+        for part in parts:
+            seen["packs"].append([(layout.seam, sum(b.live for b in batches), len(batches)) for layout, batches in part])
         return parts
 
     training.open_trainer, training.prepare = opened, prepared

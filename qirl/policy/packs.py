@@ -1,17 +1,19 @@
 """The update's packs: (sample, node) pairs laid out under a token budget, with the prefix shared.
 
-Whole prompts are put into packs while they fit. Where one prompt's pairs alone exceed the budget, the seam is used: the
-prefixes run once, their keys and values become leaves for packs of targets only, and one prefix backward at the end
-takes the gradients that added up there.
+Whole prompts are put into packs while they fit. Where one prompt's pairs alone exceed the budget, the seam is used, prompt
+by prompt: the prefix runs once, its keys and values become leaves for packs of targets only, and one prefix backward at
+the end takes the gradients that added up there. Where the objective itself is guided (scope `both`), every target has
+an unconditional twin in its pack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from qirl.flow.rollout import with_negatives
 from qirl.models.qwen_image_21 import KeysValues, QwenImage21
 from qirl.packing import Condition, PackedBatch, Target, cut, pack
 
@@ -35,50 +37,74 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one optimizer step's pairs are cut: packs of pair indices, and the number that all ranks run."""
+    """How pairs are cut: packs of pair indices, and the number that all ranks run.
+
+    live: how many of the packs are this rank's own; the others repeat the first one, with weight 0. negatives: the
+    unconditional twin of every condition where the objective is guided, else nothing.
+    """
 
     conditions: Sequence[Condition]
     pairs: Sequence[Pair]
     packs: list[list[int]]
+    live: int
     seam: bool
+    negatives: Sequence[Condition] = ()
 
     def body(self, members: Sequence[int], device) -> PackedBatch:
-        """The pack of these pairs: with the prefixes of its own prompts, or without any under the seam."""
+        """The pack of these pairs (and their twins): with the prefixes of its prompts, or without any under the seam."""
         pairs = [self.pairs[i] for i in members]
         used = range(len(self.conditions)) if self.seam else sorted({p.prompt for p in pairs})
         place = {prompt: index for index, prompt in enumerate(used)}
         targets = [Target(place[p.prompt], p.height, p.width) for p in pairs]
-        return pack([self.conditions[i] for i in used], targets, prefix=not self.seam, device=device)
+        return self._pack(used, targets, prefix=not self.seam, device=device)
 
     def prefix(self, device) -> PackedBatch:
-        return pack(self.conditions, [], device=device)
+        """The prefixes of all prompts (and their twins), without targets."""
+        return self._pack(range(len(self.conditions)), [], prefix=True, device=device)
+
+    def _pack(self, used: Sequence[int], targets: list[Target], prefix: bool, device) -> PackedBatch:
+        conditions, twins = [self.conditions[i] for i in used], []
+        if self.negatives:
+            conditions, twins = with_negatives(conditions, targets, [self.negatives[i] for i in used])
+        return pack(conditions, [*targets, *twins], prefix=prefix, device=device)
 
 
 def lay_out(
-    conditions: Sequence[Condition], pairs: Sequence[Pair], budget: int, agree: Callable[[bool, int], tuple[bool, int]]
-) -> Layout:
-    """Cuts pairs (sorted by prompt) into packs of at most `budget` tokens.
+    conditions: Sequence[Condition],
+    pairs: Sequence[Pair],
+    budget: int,
+    agree: Callable[[bool, int], tuple[bool, int]],
+    negatives: Sequence[Condition] = (),
+) -> list[Layout]:
+    """Cuts one optimizer step's pairs (sorted by prompt) into packs of at most `budget` target tokens under the seam, of
+    all tokens without it: one layout without the seam, or one a prompt with it.
 
-    `agree` makes ranks agree on (seam, number of packs); a rank with fewer repeats its first pack, with weight 0.
+    `agree` makes ranks agree on (seam, number of packs); all have the same number of prompts. negatives: see `Layout`.
     Raises UserError if one pair alone exceeds the budget.
     """
-    targets = cut([p.tokens for p in pairs], budget, BUDGET)  # the packs of the seam; also checks every pair
-    by_prompt: dict[int, list[int]] = {}
+    twice = 2 if negatives else 1
+    by_prompt: list[list[int]] = [[] for _ in conditions]
     for index, pair in enumerate(pairs):
-        by_prompt.setdefault(pair.prompt, []).append(index)
-    cost = {p: conditions[p].tokens + sum(pairs[i].tokens for i in members) for p, members in by_prompt.items()}
-    seam = max(cost.values(), default=0) > budget
-    whole = [] if seam else [[i for p in run for i in by_prompt[p]] for run in _runs(cost, budget)]
-    seam_anywhere, _ = agree(seam, 0)
-    packs = targets if seam_anywhere else whole
-    _, count = agree(seam, len(packs))
-    packs = packs + [packs[0]] * (count - len(packs))
-    return Layout(conditions, pairs, packs, seam_anywhere)
+        by_prompt[pair.prompt].append(index)
+    sizes = [[pairs[i].tokens * twice for i in own] for own in by_prompt]
+    runs = [cut(own, budget, BUDGET) for own in sizes]  # the packs of the seam; also checks every pair
+    prefixes = [c.tokens for c in conditions]
+    if negatives:
+        prefixes = [n + c.tokens for n, c in zip(prefixes, negatives, strict=True)]
+    costs = [prefix + sum(own) for prefix, own in zip(prefixes, sizes, strict=True)]
+    seam, _ = agree(max(costs, default=0) > budget, 0)
 
+    def layout(conditions, pairs, packs, negatives) -> Layout:
+        _, count = agree(seam, len(packs))
+        return Layout(conditions, pairs, packs + packs[:1] * (count - len(packs)), len(packs), seam, negatives)
 
-def _runs(cost: dict[int, int], budget: int) -> list[list[int]]:
-    prompts = list(cost)
-    return [[prompts[i] for i in run] for run in cut([cost[p] for p in prompts], budget, BUDGET)]
+    if seam:
+        return [
+            layout([conditions[i]], [replace(pairs[k], prompt=0) for k in own], runs[i], negatives[i : i + 1])
+            for i, own in enumerate(by_prompt)
+        ]
+    packs = [[k for i in run for k in by_prompt[i]] for run in cut(costs, budget, BUDGET)]
+    return [layout(conditions, pairs, packs, negatives)]
 
 
 class Prefix:

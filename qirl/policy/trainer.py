@@ -5,6 +5,7 @@ Every step is a pure function of (config, seed, step, weights), so a run continu
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Sequence
@@ -34,10 +35,13 @@ from qirl.policy.advantages import (
     weights_of,
 )
 from qirl.policy.nodes import draw_nodes
-from qirl.policy.packs import lay_out
+from qirl.policy.packs import Layout, lay_out
 from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
 from qirl.rewards.protocol import Reward, Sample, score
 from qirl.run.progress import Live
+
+# per optimizer step, its layouts and their batches
+Parts = list[list[tuple[Layout, list[Batch]]]]
 
 
 @dataclass
@@ -192,7 +196,9 @@ def sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int) ->
     ids = torch.tensor([slot * group + g for slot in slots for g in range(group)])
     unset = torch.zeros(len(targets))
     conditions = [world.condition(p) for p in prompts]
-    return Experience(conditions, targets, draws, grid, nodes, x0, kept, ids, unset, unset > 0), slots
+    in_objective = config.guidance.scope == "both" and config.flow.guidance != 1
+    negatives = [world.negative(p) for p in prompts] if in_objective else []
+    return Experience(conditions, negatives, targets, draws, grid, nodes, x0, kept, ids, unset, unset > 0), slots
 
 
 def sample_in_batches(trainer: Trainer, prompts: Sequence[Prompt], targets, draws: Stream, nodes=None, flow=None):
@@ -320,63 +326,66 @@ def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -
     rows, norms, skips = [], [], 0
     pairs = policy.prompts * policy.group * config.flow.steps
     for epoch in range(policy.epochs):
-        for layout, batches in parts:
-            stats = accumulate(engine.model, layout, batches, config)
+        for part in parts:
+            stats = torch.cat([accumulate(engine.model, layout, batches, config) for layout, batches in part])
             norm, skipped = engine.update(step)
             norms.append(norm)
             skips += skipped
-            rows.append((torch.cat([b.ids for b in batches if b.live]) + epoch * pairs, stats))
+            rows.append((torch.cat([b.ids for _, batches in part for b in batches if b.live]) + epoch * pairs, stats))
     if trainer.old:
         engine.weights.blend("old", min(policy.nft.old_decay, policy.nft.old_ramp * step))
     ids, stats = gather_rows(torch.cat([i for i, _ in rows]), torch.cat([s for _, s in rows]).cpu(), engine.ranks)
     return {**_summary(stats, policy.epochs), "grad_norm": sum(norms) / len(norms), "skipped": skips}
 
 
-def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> list[tuple]:
-    """Per minibatch its layout and its batches, with old and reference velocities where the loss needs them."""
+def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> Parts:
+    """Per minibatch its layouts with their batches, with old and reference velocities where the loss needs them."""
     config, engine, policy = trainer.config, trainer.engine, trainer.config.policy
     size = policy.prompts // policy.minibatches
     updates, parts = policy.epochs * policy.minibatches, []
     for number in range(policy.minibatches):
         prompts = [i for i, slot in enumerate(slots) if slot // size == number]
-        layout = lay_out(
+        layouts = lay_out(
             [exp.conditions[i] for i in prompts],
             exp.pairs(prompts),
             policy.micro_tokens,
             lambda s, n: agree(s, n, engine.ranks),
+            [exp.negatives[i] for i in prompts] if exp.negatives else (),
         )
         valid_pairs = int(exp.valid_by_slot[number * size : (number + 1) * size].sum()) * policy.timesteps.count
         weight = 1.0 / max(1, valid_pairs)
-        unique = len({tuple(p) for p in layout.packs})
-        batches = [make_batch(exp, layout, p, config, weight, live=i < unique) for i, p in enumerate(layout.packs)]
-        parts.append((layout, batches))
+        parts.append([(layout, _batches(exp, layout, config, weight)) for layout in layouts])
     recompute = policy.old == "recompute" or trainer.old or (policy.old == "auto" and updates > 1)
     if recompute:
         with engine.weights.using(trainer.old):
-            _fill(engine.model, parts, "v_old")
+            _fill(engine.model, parts, "v_old", config)
     if policy.old == "rollout":
         _check_drift(trainer, parts)
     if policy.kl:
         with engine.weights.reference():
-            _fill(engine.model, parts, "v_ref")
+            _fill(engine.model, parts, "v_ref", config)
     return parts
 
 
-def _fill(model, parts, name: str) -> None:
-    for layout, batches in parts:
-        for batch, v in zip(batches, velocities(model, layout, batches), strict=True):
+def _batches(exp: Experience, layout: Layout, config: TrainConfig, weight: float) -> list[Batch]:
+    return [make_batch(exp, layout, p, config, weight, live=i < layout.live) for i, p in enumerate(layout.packs)]
+
+
+def _fill(model, parts, name: str, config: TrainConfig) -> None:
+    for layout, batches in itertools.chain(*parts):
+        for batch, v in zip(batches, velocities(model, layout, batches, config), strict=True):
             setattr(batch, name, v)
 
 
-def _check_drift(trainer: Trainer, parts: list[tuple[object, list[Batch]]]) -> None:
+def _check_drift(trainer: Trainer, parts: Parts) -> None:
     """`old: rollout` at its first use: the batches of rollout and update differ, so the ratio does not start at 1."""
     if trainer.engine.notes.get("drift_checked"):
         return
     trainer.engine.notes["drift_checked"] = True
     values = [
         drift(v, b)
-        for layout, batches in parts
-        for v, b in zip(velocities(trainer.engine.model, layout, batches), batches, strict=True)
+        for layout, batches in itertools.chain(*parts)
+        for v, b in zip(velocities(trainer.engine.model, layout, batches, trainer.config), batches, strict=True)
     ]
     every = torch.cat(values).double()
     total = torch.stack([every.sum(), torch.full_like(every, 1).sum()])

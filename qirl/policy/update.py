@@ -10,7 +10,7 @@ import torch
 from qirl.config import TrainConfig
 from qirl.flow.rollout import Kept
 from qirl.kernels import policy_loss
-from qirl.kernels.flow_step import MODES, Step, log_prob, mean_std
+from qirl.kernels.flow_step import MODES, Step, guide, log_prob, mean_std
 from qirl.kernels.philox import LOSS, TRANSITION, Stream, normal
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, PackedBatch, Target
@@ -24,6 +24,7 @@ class Experience:
     """What one rank sampled in one step, per sample: target, nodes, latents, transitions, advantage."""
 
     conditions: Sequence[Condition]
+    negatives: Sequence[Condition]  # their unconditional twins where the objective is guided, else empty
     targets: Sequence[Target]
     stream: Stream
     grid: torch.Tensor  # float32 [R, steps + 1]
@@ -59,6 +60,8 @@ class Batch:
     weight: torch.Tensor  # float64 [pairs]: 1 / (number of valid pairs of the step, over all ranks), or 0
     advantage: torch.Tensor
     ids: torch.Tensor
+    lengths: tuple[int, ...]  # tokens of every pair
+    guided: bool  # the targets are followed by their unconditional twins, and the objective sees guided velocities
     live: bool  # False: a repeat with weight 0, run because another rank has more packs
     x0: torch.Tensor | None = None
     noise: torch.Tensor | None = None
@@ -69,10 +72,6 @@ class Batch:
     v_old: torch.Tensor | None = None
     v_ref: torch.Tensor | None = None
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return self.body.lengths
-
 
 def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: TrainConfig, weight: float, live: bool):
     """The batch of the pairs `members`; weight is that of a valid pair; live=False gives all of them weight 0."""
@@ -81,7 +80,8 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
     body = layout.body(members, device)
     samples = torch.tensor([p.sample for p in pairs], device=device)
     nodes = torch.tensor([p.node for p in pairs], device=device)
-    row, token = body.target_row, body.token_in_target
+    lengths = tuple(p.tokens for p in pairs)
+    row, token = body.target_row[: sum(lengths)], body.token_in_target[: sum(lengths)]
     weights = exp.valid.to(device)[samples].double() * (weight if live else 0.0)
     common = dict(
         body=body,
@@ -89,6 +89,8 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
         weight=weights,
         advantage=exp.advantage.to(device)[samples],
         ids=exp.ids[samples.cpu()] * config.flow.steps + nodes.cpu(),
+        lengths=lengths,
+        guided=bool(layout.negatives),
         live=live,
     )
     t = exp.grid[samples, nodes]
@@ -102,7 +104,8 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
     kept = [exp.kept[p.sample, p.node] for p in pairs]
     x, x_next = (torch.cat([getattr(k, name) for k in kept]) for name in ("x", "x_next"))
     batch = Batch(x=x, t=t, step=step, x_next=x_next, **common)
-    if config.flow.guidance != 1.0:  # hybrid CFG, residual form: the drawn noise around the conditional mean
+    hybrid = config.flow.guidance != 1.0 and config.guidance.scope == "rollout"
+    if hybrid and config.guidance.form == "residual":  # the drawn noise around the conditional mean
         batch.z = _by_node(exp.stream, samples, nodes, row, token, x.shape[1], TRANSITION)
     if config.policy.old == "rollout":
         batch.v_rollout = torch.cat([k.v for k in kept])
@@ -120,10 +123,18 @@ def _by_node(stream: Stream, samples, nodes, row, token, channels: int, purpose:
 
 
 @torch.no_grad()
-def velocities(model: QwenImage21, layout: Layout, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """The model's velocity of every batch, over the same packs as the update."""
+def velocities(model: QwenImage21, layout: Layout, batches: Sequence[Batch], config: TrainConfig) -> list[torch.Tensor]:
+    """The objective's velocity of every batch, over the same packs as the update."""
     prefix = Prefix(model, layout, batches[0].x.device)
-    return [model(b.body, b.x, b.t, prefix.leaves) for b in batches]
+    return [velocity(model, b, prefix, config) for b in batches]
+
+
+def velocity(model: QwenImage21, batch: Batch, prefix: Prefix, config: TrainConfig) -> torch.Tensor:
+    """What the objective compares, [N, C]: the conditional velocity, or the guided one where guidance is in scope."""
+    if not batch.guided:
+        return model(batch.body, batch.x, batch.t, prefix.leaves)
+    v = model(batch.body, torch.cat([batch.x, batch.x]), torch.cat([batch.t, batch.t]), prefix.leaves)
+    return guide(*v.chunk(2), config.flow.guidance, config.flow.rescale)
 
 
 def loss_and_stats(v: torch.Tensor, batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +177,7 @@ def accumulate(model: QwenImage21, layout: Layout, batches: Sequence[Batch], con
     prefix = Prefix(model, layout, batches[0].x.device)
     stats = []
     for batch in batches:
-        loss, own = loss_and_stats(model(batch.body, batch.x, batch.t, prefix.leaves), batch, config)
+        loss, own = loss_and_stats(velocity(model, batch, prefix, config), batch, config)
         loss.backward()
         if batch.live:
             stats.append(own)
