@@ -1,11 +1,10 @@
 """The RL trainer with a real, tiny model: ratios, packs, gradients, copies of the weights, LoRA, traps."""
 
-import dataclasses
-import itertools
 import math
 
 import pytest
 import torch
+from oracle import oracle_loss, step_gradients
 from tiny_runs import (
     BFLOAT16,
     FLOAT32,
@@ -14,21 +13,14 @@ from tiny_runs import (
     GUIDED,
     SDE,
     experience,
-    gradients,
     patchy,
     perturb,
 )
-from torch.distributions import Normal
 
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
-from qirl.flow.grid import sigmas
-from qirl.kernels.flow_step import MODES, Step, mean_std
-from qirl.kernels.philox import LOSS, TRANSITION, normal, stream
 from qirl.models.weights import load_model
-from qirl.packing import Target, pack
 from qirl.policy import trainer as training
-from qirl.policy.update import accumulate
 
 # the ratio before the first update
 
@@ -84,15 +76,6 @@ def test_several_updates_recompute_the_old_policy_by_default(opened):
 # packs and gradients
 
 
-def step_gradients(trainer, exp, slots, **policy):
-    config = trainer.config.model_copy(update={"policy": trainer.config.policy.model_copy(update=policy)})
-    own = dataclasses.replace(trainer, config=config)
-    parts = training.prepare(own, exp, slots)
-    flat = itertools.chain(*parts)
-    stats = torch.cat([accumulate(own.engine.model, layout, batches, config) for layout, batches in flat])
-    return gradients(own), stats, parts
-
-
 # one pair under the seam, several under the seam, a prompt a pack, two prompts a pack; a prompt is 6 pairs of 64 tokens
 BUDGETS = [64, 200, 400, 800]
 
@@ -120,76 +103,6 @@ def test_gradients_do_not_depend_on_how_the_packs_are_cut(opened, kind, precisio
         for name, value in whole.items():
             error = (cut[name] - value).norm() / value.norm().clamp_min(1e-30)
             assert error < tolerance, f"{name} at {budget} tokens: {error:.1e}"
-
-
-def oracle_loss(trainer, exp, chosen, slots, step, old, reference, prompts=None):
-    """Section 3, one (sample, node) at a time, through packs of one target; v_old from the model `old`."""
-    config, model = trainer.config, trainer.engine.model
-    policy, seed = config.policy, config.run.seed
-    total, valid = 0.0, 0
-    grid = torch.from_numpy(sigmas(64, config.flow))
-    for i, target in enumerate(exp.targets):
-        if prompts is not None and slots[target.prompt] not in prompts:
-            continue
-        prompt, again = chosen[slots[target.prompt]]
-        own = stream(seed, [prompt.id], [again * policy.group + i % policy.group], step)
-        zeros, tokens = torch.zeros(64, dtype=torch.int64), torch.arange(64)
-        body = pack([trainer.world.condition(prompt)], [Target(0, 8, 8)])
-        for node in exp.nodes[i]:
-            if not exp.valid[i]:
-                continue
-            valid += 1
-            t, s = (grid[n].double().item() for n in (node, node + 1))
-            if policy.loss == "nft":
-                x0, noise = exp.x0[i], normal(own, zeros, tokens, 12, node, LOSS).double()
-                x = (1 - t) * x0 + t * noise
-            else:
-                x = exp.kept[i, node].x
-            at = grid[node : node + 1]
-            v = model(body, x, at)
-            with torch.no_grad():
-                v_old, v_ref = (v.detach() if m is None else m(body, x, at) for m in (old, reference))
-            a = float(exp.advantage[i])
-            if policy.loss == "nft":
-                r = float(exp.advantage[i].div(config.advantage.clip).clamp(-1, 1) / 2 + 0.5)  # advantages are float32
-                b = policy.nft.beta
-                loss = 0
-                for share, velocity in ((r, b * v + (1 - b) * v_old), (1 - r, (1 + b) * v_old - b * v)):
-                    error = x - t * velocity - x0
-                    loss = loss + share * (error**2).mean() / error.detach().abs().mean() * config.advantage.clip / b
-            else:
-                mode = torch.tensor([MODES.index(config.flow.sampler)])
-                one = Step(at, grid[node + 1 : node + 2], grid[1:2], mode, config.flow.level)
-                (mean, std), (mean_old, _) = (mean_std(x, u, zeros, one) for u in (v, v_old))
-                x_next = exp.kept[i, node].x_next
-                if config.flow.guidance != 1:
-                    x_next = mean_old + std * normal(own, zeros, tokens, 12, node, TRANSITION)
-                log_ratio = (Normal(mean, std).log_prob(x_next) - Normal(mean_old, std).log_prob(x_next)).mean()
-                ratio = log_ratio.exp()
-                loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high))
-            if policy.kl:
-                loss = loss + policy.kl * ((v - v_ref) ** 2).mean()
-            total = total + loss
-    return total / valid
-
-
-@pytest.mark.parametrize(
-    "kind", [{}, SDE, {**SDE, "flow": {"sampler": "sde", "guidance": 2.0}}], ids=["nft", "grpo", "guided"]
-)
-def test_gradients_equal_a_loop_over_single_samples(opened, tiny_model, kind):
-    """Dropped samples, the distance to the base and the seam included."""
-    trainer = opened(kind, FLOAT64, {"policy": {"kl": 0.3, "micro_tokens": 200}}, reward=patchy)
-    perturb(trainer)
-    exp, chosen, slots = experience(trainer)
-    assert 0 < exp.valid.sum() < len(exp.valid)
-    got, _, _ = step_gradients(trainer, exp, slots)
-    base = load_model(tiny_model, torch.float64)
-    oracle_loss(trainer, exp, chosen, slots, 0, None, base).backward()
-    expected = gradients(trainer)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (got[name] - value).norm() / value.norm().clamp_min(1e-30)
-        assert error < 1e-11, f"{name}: {error:.1e}"  # sums in another order; small gradients cancel
 
 
 def test_inner_updates_keep_one_old_policy_and_equal_a_loop_with_adamw(opened, tiny_model):
