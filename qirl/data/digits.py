@@ -1,8 +1,8 @@
 """The digits world: real handwriting, coloured and composed.
 
-scikit-learn's bundled digits (1,797 images of 8x8, by real people) are split by image into three parts that
-never mix: "generator" (what the base model sees), "reward" (the reward's reader) and "judge" (the held-out
-judge). A prompt such as "a red 7 on blue" or "35 in green" names digits, ink and paper; a picture of it is
+scikit-learn's bundled digits (1,797 images of 8x8, by real people) are split by image into four parts that
+never mix: "generator" (what the base model sees), "source" (what held-out edits start from), "reward" (the
+reward's networks) and "judge" (the held-out judge). A prompt such as "a red 7 on blue" or "35 in green" names digits, ink and paper; a picture of it is
 16x16 RGB.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,13 +22,14 @@ from qirl.errors import UserError, nearest
 
 __all__ = [
     "CATEGORIES", "CHANNELS", "COLOURS", "INKS", "PAPERS", "PARTS", "SIZE", "TOKENS", "UNIFORMS",
-    "DigitSpec", "contrasting", "coverage", "describe", "example", "examples", "fold", "glyphs", "paint",
-    "parse", "prompts", "render", "unfold",
+    "Bank", "DigitSpec", "bank", "contrasting", "coverage", "describe", "digest", "example", "examples", "fold",
+    "glyphs", "paint", "parse", "prompts", "render", "unfold",
 ]  # fmt: skip
 SIZE, TOKENS, CHANNELS = 16, 64, 12  # pixels of a side; a picture as latents
-PARTS = ("generator", "reward", "judge")
+PARTS = ("generator", "source", "reward", "judge")
+CUTS = (0, 45, 50, 75, 100)  # per cent of every digit's images where the parts begin and end
 CATEGORIES = ("plain", "colour", "background", "two_digits")
-UNIFORMS = 4  # category, prompt in it, first glyph, second glyph
+UNIFORMS = 5  # category, prompt in it, first glyph, second glyph, and for edits the new colour or second source
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +45,8 @@ def _world() -> dict[str, list[DigitSpec]]:
     }
 
 
-def _hash(text: str) -> bytes:
+def digest(text: str) -> bytes:
+    """32 bytes that put things of the digits world in an order nobody chose."""
     return hashlib.sha256(f"digits world 1: {text}".encode()).digest()
 
 
@@ -52,7 +55,7 @@ def _prompts(split: str) -> tuple[Prompt, ...]:
     chosen, start = [], 0
     for category, specs in _world().items():
         texts = [describe(spec) for spec in specs]
-        held = set(sorted(texts, key=_hash)[: len(texts) // 5])
+        held = set(sorted(texts, key=digest)[: len(texts) // 5])
         chosen += [
             Prompt(start + place, text, category)
             for place, text in enumerate(texts)
@@ -78,8 +81,8 @@ def prompts(split: str) -> list[Prompt]:
 def glyphs(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Handwriting of one part: images float32 [n, 8, 8] in [0, 1], labels int64 [n], ids int64 [n].
 
-    Of each digit's images, ordered by a hash of their number in scikit-learn's data set, the first half is
-    "generator", the next quarter "reward", the rest "judge". The arrays are shared and read-only.
+    Of each digit's images, ordered by a hash of their number in scikit-learn's data set, the first 45 % are
+    "generator", 5 % "source", a quarter "reward", the rest "judge". The arrays are shared and read-only.
     Raises UserError for another part.
     """
     if part not in PARTS:
@@ -89,8 +92,8 @@ def glyphs(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     data = load_digits()
     chosen = []
     for digit in range(10):
-        ids = sorted(np.flatnonzero(data.target == digit).tolist(), key=lambda i: _hash(f"image {i}"))
-        cuts = [0, len(ids) // 2, len(ids) * 3 // 4, len(ids)]
+        ids = sorted(np.flatnonzero(data.target == digit).tolist(), key=lambda i: digest(f"image {i}"))
+        cuts = [len(ids) * cut // 100 for cut in CUTS]
         place = PARTS.index(part)
         chosen += ids[cuts[place] : cuts[place + 1]]
     ids = np.array(sorted(chosen), dtype=np.int64)
@@ -139,15 +142,32 @@ def render(spec: DigitSpec, images: np.ndarray) -> np.ndarray:
     return paint(cover, INKS[spec.ink], PAPERS[spec.paper])
 
 
-@lru_cache(maxsize=1)
-def _bank() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Coverage of all generator glyphs as single digit and as half of two, and their places by digit."""
-    images, labels, _ = glyphs("generator")
-    return coverage(images, 1), coverage(images, 2), [np.flatnonzero(labels == digit) for digit in range(10)]
+@dataclass(frozen=True)
+class Bank:
+    """Coverage of all glyphs of one part, as a single digit [n, 16, 16] and as half of two [n, 16, 8]."""
+
+    single: np.ndarray
+    half: np.ndarray
+    by_digit: list[np.ndarray]
+
+    def pick(self, digit: int, u: float) -> int:
+        """The place of one of the digit's glyphs, all alike, by a uniform in [0, 1)."""
+        return self.by_digit[digit][int(u * len(self.by_digit[digit]))]
+
+    def cover(self, places: Sequence[int]) -> np.ndarray:
+        """Coverage [16, 16] of a picture of one or two glyphs."""
+        return self.single[places[0]] if len(places) == 1 else np.concatenate(self.half[list(places)], axis=-1)
+
+
+@lru_cache(maxsize=len(PARTS))
+def bank(part: str) -> Bank:
+    """The glyphs of one part, drawn once."""
+    images, labels, _ = glyphs(part)
+    return Bank(coverage(images, 1), coverage(images, 2), [np.flatnonzero(labels == digit) for digit in range(10)])
 
 
 def examples(u: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Training examples of the base model: uniforms [B, 4] in [0, 1) -> B texts, uint8 [B, 16, 16, 3].
+    """Training examples of text-to-image: uniforms [B, 5] in [0, 1) -> B texts, uint8 [B, 16, 16, 3].
 
     A pure function of `u`, row by row: its columns pick the category (all alike), the prompt in it (train and
     held-out alike) and the generator glyphs of the first and the second digit.
@@ -155,13 +175,12 @@ def examples(u: np.ndarray) -> tuple[list[str], np.ndarray]:
     u = np.asarray(u, dtype=np.float64)
     assert u.shape == (len(u), UNIFORMS), f"uniforms of shape {u.shape}"
     assert ((u >= 0) & (u < 1)).all(), "uniforms outside [0, 1)"
-    single, half, by_digit = _bank()
+    strokes = bank("generator")
     texts, covers, inks, papers = [], [], [], []
     for row in u:
         options = _world()[CATEGORIES[int(row[0] * len(CATEGORIES))]]
         spec = options[int(row[1] * len(options))]
-        places = [by_digit[d][int(x * len(by_digit[d]))] for d, x in zip(spec.digits, row[2:], strict=False)]
-        covers.append(single[places[0]] if len(places) == 1 else np.concatenate(half[places], axis=-1))
+        covers.append(strokes.cover([strokes.pick(d, x) for d, x in zip(spec.digits, row[2:], strict=False)]))
         texts.append(describe(spec))
         inks.append(INKS[spec.ink])
         papers.append(PAPERS[spec.paper])
@@ -169,7 +188,7 @@ def examples(u: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def example(u: Sequence[float]) -> tuple[str, np.ndarray]:
-    """One training example from 4 uniforms in [0, 1): its text and its picture, uint8 [16, 16, 3]."""
+    """One training example from 5 uniforms in [0, 1): its text and its picture, uint8 [16, 16, 3]."""
     texts, pictures = examples(np.asarray(u)[None])
     return texts[0], pictures[0]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from qirl.errors import UserError
+
+FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,11 @@ class Prompt:
         return "edit" if self.sources else "t2i"
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?}.
+def load_prompts(path: str | Path, check: Callable[[Prompt], None] | None = None) -> list[Prompt]:
+    """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?, "sources"?}.
 
-    Blank lines are skipped. Without "id" a prompt's id is its place among the prompts (from 0).
+    Blank lines are skipped. "sources": the images of an edit, paths relative to the file. Without "id" a prompt's id
+    is its place among the prompts, from 0 (for an edit from FIRST_EDIT). `check` may refuse a prompt by a UserError.
     Raises UserError for a file that is missing, unreadable or empty, for a bad line (with its number) and
     for an id used twice.
     """
@@ -51,9 +55,13 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         line = line.strip()
         if not line:
             continue
-        prompt = (
-            Prompt(len(prompts), line) if path.suffix == ".txt" else _from_json(line, len(prompts), f"{path}:{number}")
-        )
+        place = len(prompts)
+        try:
+            prompt = Prompt(place, line) if path.suffix == ".txt" else _from_json(line, place, path.parent)
+            if check:
+                check(prompt)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
         if prompt.id in seen:
             raise UserError(f"{path}:{number}: id {prompt.id} is taken by line {seen[prompt.id]}; "
                             "give every prompt its own id, or none at all")  # fmt: skip
@@ -64,21 +72,35 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _from_json(line: str, default_id: int, where: str) -> Prompt:
+def _from_json(line: str, place: int, folder: Path) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(
-            f'{where}: not JSON ({error}); write one object a line, such as {{"text": "a red 7"}}'
-        ) from None
+        raise UserError(f'not JSON ({error}); write one object a line, such as {{"text": "a red 7"}}') from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise UserError(f'{where}: no "text"; write one object a line, such as {{"text": "a red 7"}}')
-    unknown = sorted(set(row) - {"text", "category", "id"})
+        raise UserError('no "text"; write one object a line, such as {"text": "a red 7"}')
+    unknown = sorted(set(row) - {"text", "category", "id", "sources"})
     if unknown:
-        raise UserError(f"{where}: unknown key '{unknown[0]}'; known: category, id, text")
-    number, category = row.get("id", default_id), row.get("category", "general")
+        raise UserError(f"unknown key '{unknown[0]}'; known: category, id, sources, text")
+    paths = row.get("sources", [])
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise UserError(f'"sources" is {paths!r}; it must be a list of image paths, relative to the prompt file')
+    number, category = row.get("id", place + FIRST_EDIT if paths else place), row.get("category", "general")
     if type(number) is not int or not 0 <= number < 2**32:
-        raise UserError(f'{where}: "id" is {number!r}; it must be an integer from 0 to {2**32 - 1}')
+        raise UserError(f'"id" is {number!r}; it must be an integer from 0 to {2**32 - 1}')
     if not isinstance(category, str) or not category:
-        raise UserError(f'{where}: "category" is {category!r}; it must be a word')
-    return Prompt(number, row["text"].strip(), category)
+        raise UserError(f'"category" is {category!r}; it must be a word')
+    return Prompt(number, row["text"].strip(), category, tuple(_picture(folder / path) for path in paths))
+
+
+def _picture(path: Path) -> np.ndarray:
+    """A source image: uint8 [H, W, 3]; transparency is dropped."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"source image {path} does not exist; give a path relative to the prompt file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"source image {path} cannot be read ({error}); give a PNG, JPEG or WebP file") from None

@@ -54,9 +54,9 @@ def parse(text: str) -> DigitSpec:
         if word.isascii() and word.isdigit():
             numbers.append(word)
         elif previous == "on":
-            papers.append(_colour(word, PAPERS, "paper", text))
+            papers.append(colour_of(word, PAPERS, "paper", text))
         elif word not in FILLERS and word != "on":
-            inks.append(_colour(word, INKS, "ink", text))
+            inks.append(colour_of(word, INKS, "ink", text))
     example = "write a prompt such as 'a red 7 on blue' or '35 in green'"
     if len(numbers) != 1 or len(numbers[0]) > 2:
         found = " and ".join(numbers) or "no digit"
@@ -74,7 +74,8 @@ def parse(text: str) -> DigitSpec:
     return DigitSpec(digits, ink, paper, category)
 
 
-def _colour(word: str, options: dict, role: str, text: str) -> str:
+def colour_of(word: str, options: dict, role: str, text: str) -> str:
+    """`word` if it is one of the colours `options` of a role. Raises UserError, which quotes the prompt `text`."""
     if word in options:
         return word
     if word in COLOURS:
@@ -93,15 +94,18 @@ def describe(spec: DigitSpec) -> str:
 
 
 def tokens(text: str) -> list[str]:
-    """The words of a prompt, each tagged with its role so that their order carries no meaning.
+    """The words of a prompt or an instruction, each tagged with its role so that their order carries no meaning.
 
-    "a red 7 on blue" -> a, red, digit:7, on:blue; "35 in green" -> tens:3, units:5, in, green; "" -> <null>.
+    "a red 7 on blue" -> a, red, digit:7, on:blue; "35 in green" -> tens:3, units:5, in, green; "" -> <null>;
+    "turn the background white" -> turn, the, on:white; "image 1", also the mark of a source image -> image:1.
     """
     words: list[str] = []
     for word in text.lower().split():
-        if word.isascii() and word.isdigit() and len(word) <= 2:
+        if words and words[-1] == "image":
+            words[-1] = f"image:{word}"
+        elif word.isascii() and word.isdigit() and len(word) <= 2:
             words += [f"digit:{word}"] if len(word) == 1 else [f"tens:{word[0]}", f"units:{word[1]}"]
-        elif words and words[-1] == "on":
+        elif words and words[-1] in ("on", "background") and word in COLOURS:
             words[-1] = f"on:{word}"
         else:
             words.append(word)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from qirl.config import World
-from qirl.data import digits
+from qirl.data import digits, edits
 from qirl.data.prompts import Prompt, load_prompts
 from qirl.data.words import WordVectors, parse
+from qirl.errors import UserError
 from qirl.packing import Condition
 from qirl.rewards.protocol import Reward
 
@@ -24,38 +25,88 @@ class DigitsWorld:
     height = width = digits.SIZE // 2  # latent tokens
 
     def __init__(self, options: World):
-        self.text_dim = options.text_dim
+        self.task, self.text_dim = options.task, options.text_dim
         self.words = WordVectors(options.text_dim)
         self._text = lru_cache(maxsize=None)(lambda text: Condition(self.words.encode(text)))
 
     def condition(self, prompt: Prompt) -> Condition:
-        """What the transformer is given of a prompt."""
-        return self._text(prompt.text)
+        """What the transformer is given of a prompt: its words, for an edit after its sources (see `_with_sources`)."""
+        return self._with_sources(prompt, prompt.text) if prompt.sources else self._text(prompt.text)
 
     def negative(self, prompt: Prompt) -> Condition:
-        """The unconditional twin of a prompt; for text-to-image always the same object."""
-        return self._text("")
+        """The unconditional twin of a prompt; for text-to-image always the same object, for an edit its sources stay."""
+        return self._with_sources(prompt, "") if prompt.sources else self._text("")
+
+    def _with_sources(self, prompt: Prompt, text: str) -> Condition:
+        """For each source one word "image:1" (":2") and its latents, then the words of `text`."""
+        words = [self._text(f"image {number}").text for number in range(1, len(prompt.sources) + 1)]
+        words.append(self._text(text).text)
+        pictures = (("text", 1), ("image", self.height, self.width)) * len(prompt.sources)
+        references = tuple(digits.fold(np.stack(prompt.sources)))
+        return Condition(torch.cat(words), references, (*pictures, ("text", len(words[-1]))))
+
+    def parse(self, prompt: Prompt) -> None:
+        """Raises UserError if a prompt of either task is not understood, or has sources of another number or size."""
+        if not prompt.sources:
+            parse(prompt.text)
+            return
+        edit = edits.parse_instruction(prompt.text)
+        if len(prompt.sources) != edit.sources:
+            raise UserError(f"instruction '{prompt.text}' needs {edit.sources} source image{'s' * (edit.sources - 1)}, "
+                            f"not {len(prompt.sources)}; name {edit.sources}")  # fmt: skip
+        for number, source in enumerate(prompt.sources, start=1):
+            if source.shape != (digits.SIZE, digits.SIZE, 3):
+                raise UserError(f"source {number} of '{prompt.text}' has {source.shape[1]} x {source.shape[0]} pixels; "
+                                f"the digits world edits {digits.SIZE} x {digits.SIZE}: resize it")  # fmt: skip
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
-        """The built-in prompts of a split ("train" or "held_out"), or those of a file, each naming a known digit."""
-        if path is None:
-            return digits.prompts(split)
-        prompts = load_prompts(path)
-        for prompt in prompts:
-            parse(prompt.text)
-        return prompts
+        """The built-in prompts of a split ("train" or "held_out") of self.task's tasks, or those of a file.
+
+        Raises UserError for a prompt of a file that is not understood or not of self.task.
+        """
+        if path is not None:
+            return load_prompts(path, self._check)
+        drawn = digits.prompts(split) if self.task != "edit" else []
+        return drawn + (edits.prompts(split) if self.task != "t2i" else [])
+
+    def _check(self, prompt: Prompt) -> None:
+        if self.task == "t2i" and prompt.sources:
+            raise UserError(f"'{prompt.text}' edits its sources and world.task is t2i; set world.task=edit or mixed")
+        if self.task != "t2i" and not prompt.sources and _is_instruction(prompt.text):
+            raise UserError(f"instruction '{prompt.text}' has no sources; write a .jsonl file, with "
+                            '"sources": ["picture.png"] in this line')  # fmt: skip
+        if self.task == "edit" and not prompt.sources:
+            raise UserError(
+                f"'{prompt.text}' has no sources and world.task is edit; give it sources or set world.task=mixed"
+            )
+        self.parse(prompt)
 
     def decode(self, latents: Sequence[torch.Tensor]) -> np.ndarray:
         """Latents [tokens, channels] each: uint8 images [n, H, W, 3]."""
         return digits.unfold(torch.stack([x.float() for x in latents]))
 
     def training_examples(self, u: np.ndarray) -> tuple[list[Prompt], torch.Tensor]:
-        """Prompts and latents [n, tokens, channels] of n examples, a pure function of uniforms [n, digits.UNIFORMS]."""
-        texts, images = digits.examples(u)
-        return [Prompt(0, text) for text in texts], digits.fold(images)
+        """Prompts and latents [n, tokens, channels] of n examples, a pure function of uniforms [n, digits.UNIFORMS].
+
+        Row by row; the first uniform picks the category among those of self.task, all alike.
+        """
+        u = np.array(u, dtype=np.float64)
+        if self.task == "mixed":  # both tasks have four categories: half of the first uniform's range each
+            edit = u[:, 0] >= 0.5
+            u[:, 0] = 2 * u[:, 0] - edit
+        else:
+            edit = np.full(len(u), self.task == "edit")
+        prompts: list[Prompt] = [None] * len(u)
+        images = np.empty((len(u), digits.SIZE, digits.SIZE, 3), np.uint8)
+        for rows, make in ((np.flatnonzero(~edit), _drawn), (np.flatnonzero(edit), edits.examples)):
+            if len(rows):
+                own, images[rows] = make(u[rows])
+                for row, prompt in zip(rows, own, strict=True):
+                    prompts[row] = prompt
+        return prompts, digits.fold(images)
 
     def rewards(self) -> list[Reward]:
-        """The built-in rewards, trained on their own part of the data on first use and cached."""
+        """The built-in rewards of self.task, trained on their own part of the data on first use and cached."""
         from qirl.rewards.digits import DigitRewards, reward_reader
         from qirl.run.cache import folder
 
@@ -67,6 +118,19 @@ class DigitsWorld:
         from qirl.run.cache import folder
 
         return Judge(judge_reader(folder()))
+
+
+def _drawn(u: np.ndarray) -> tuple[list[Prompt], np.ndarray]:
+    texts, images = digits.examples(u)
+    return [Prompt(0, text) for text in texts], images
+
+
+def _is_instruction(text: str) -> bool:
+    try:
+        edits.parse_instruction(text)
+    except UserError:
+        return False
+    return True
 
 
 WORLDS = {"digits": DigitsWorld}
