@@ -8,7 +8,9 @@ import torch
 
 from qirl.data import digits
 from qirl.data.prompts import Prompt
-from qirl.evaluation.evaluate import balanced, draw, mean_and_error, measure
+from qirl.evaluation.evaluate import balanced, draw
+from qirl.evaluation.measure import measure
+from qirl.evaluation.statistics import mean_and_error
 from qirl.quickstart import quickstart
 
 TINY = {

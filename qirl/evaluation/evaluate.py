@@ -1,7 +1,6 @@
-"""Scores of a model on held-out prompts and fresh noise: rewards, held-out judge and diversity, per guidance scale.
+"""Evaluation of a model: it draws held-out prompts from fresh noise at several guidance scales, and is measured.
 
-The noise depends on (evaluation.seed, prompt, sample) only, so two models are compared on the same draws. Standard errors
-are over prompts: images of one prompt are not independent.
+The noise depends on (evaluation.seed, prompt, sample) only, so two models are compared on the same draws.
 """
 
 from __future__ import annotations
@@ -9,8 +8,10 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,68 +23,110 @@ from qirl.data.words import parse
 from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import DTYPES, find_model, model_config, world_facts
 from qirl.errors import UserError
-from qirl.evaluation.diversity import in_group_diversity
+from qirl.evaluation.measure import measure
 from qirl.flow.rollout import rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weights import load_model
 from qirl.packing import Target, cut
-from qirl.rewards.protocol import Sample, score
+from qirl.rewards.protocol import Reward
 from qirl.run.cache import content_key
 from qirl.run.folder import check_writable, write_json
 from qirl.run.progress import Live
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What every model of an evaluation is asked, and who reads the answers."""
+
+    world: DigitsWorld
+    prompts: list[tuple[Prompt, int]]  # with the number of earlier groups of the same prompt
+    rewards: list[Reward]
+    judge: Any
+
+    @classmethod
+    def of(cls, config: EvaluateConfig) -> Exam:
+        world, options = make_world(config.world), config.evaluation
+        chosen = balanced(world.prompts("held_out", config.world.prompts), options.prompts, options.seed)
+        return cls(world, chosen, world.rewards(), world.judge())
+
+
 def evaluate(config: EvaluateConfig, quiet: bool = False) -> dict:
-    """Results per guidance scale: {"1": {"judge_accuracy", "judge_accuracy_se", "rewards", "gap", "diversity", ...}}.
+    """Results of config.model.path per guidance scale: {"1": {"judge_accuracy", "rewards", "gap", ...}} (see `measure`).
 
     Also written to evaluation.json in config.run.out or, where that is not given, in the model's run folder. Raises
     UserError for a model that is missing or does not fit, and for guidance other than 1 with a model that has no
     unconditional embedding.
     """
-    world = make_world(config.world)
-    options = config.evaluation
+    check(config)
+    check_writable(out_folder(config))
+    scales = config.evaluation.guidance
+    results = {f"{guidance:g}": found for guidance, _, found in scan(config, Exam.of(config), scales, quiet)}
+    keep_results(config, results)
+    return results
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raises the UserErrors of an evaluation before anything slow begins."""
+    world, options = make_world(config.world), config.evaluation
     need = world.height * world.width * (2 if any(g != 1 for g in options.guidance) else 1)
     if options.batch_tokens < need:
         raise UserError(
             f"evaluation.batch_tokens={options.batch_tokens} tokens is smaller than one sample of {need} tokens; "
             f"set it to {need} or more"
         )
-    model = open_model(config, world, options.guidance)
-    out = out_folder(config)
-    check_writable(out)
-    prompts = balanced(world.prompts("held_out", config.world.prompts), options.prompts, options.seed)
-    rewards, judge = world.rewards(), world.judge()
-    results = {}
-    with Live("evaluate", len(options.guidance), show=not quiet) as live:
-        for done, guidance in enumerate(options.guidance, start=1):
+    check_model(config, world, options.guidance)
+
+
+def scan(
+    config: EvaluateConfig, exam: Exam, scales: Sequence[float], quiet: bool = False
+) -> Iterator[tuple[float, np.ndarray, dict]]:
+    """(guidance, images uint8 [P, G, H, W, 3], results) of config.model.path, one guidance scale after the other."""
+    options = config.evaluation
+    model = open_model(config, exam.world, scales)
+    with Live("evaluate", len(scales), show=not quiet) as live:
+        for done, guidance in enumerate(scales, start=1):
             flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance, "sampler": "ode"})
-            images = draw(model, world, prompts, options.group, flow, options.seed, options.batch_tokens)
-            results[f"{guidance:g}"] = measure(images, [p for p, _ in prompts], rewards, judge)
-            live.update(done, {"guidance": guidance, "judge": results[f"{guidance:g}"]["judge_accuracy"]})
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"model": str(config.model.path), "key": evaluation_key(config), "guidance": results}
-    write_json(out / "evaluation.json", record)
-    return results
+            images = draw(model, exam.world, exam.prompts, options.group, flow, options.seed, options.batch_tokens)
+            found = measure(images, [p for p, _ in exam.prompts], exam.rewards, exam.judge)
+            live.update(done, {"guidance": guidance, "judge": found["judge_accuracy"]})
+            yield guidance, images, found
 
 
 def evaluation_key(config: EvaluateConfig) -> str:
-    """What decides an evaluation's numbers: the config (folders aside), the weights, and the code that runs."""
+    """What decides an evaluation's numbers: the config (folders and scales aside), the weights, and the code that runs."""
     import qirl
     import qirl.kernels
 
     weights = [zlib.crc32(p.read_bytes()) for p in sorted(find_model(config.model.path).glob("*.safetensors"))]
-    plain = {k: v for k, v in to_dict(config).items() if k not in ("run", "model")}
-    return content_key(plain, weights, qirl, qirl.kernels)
+    plain = {k: v for k, v in to_dict(config).items() if k in ("world", "flow", "evaluation")}
+    plain["evaluation"] = {k: v for k, v in plain["evaluation"].items() if k not in ("guidance", "models")}
+    return content_key(plain, config.model.dtype, weights, qirl, qirl.kernels)
 
 
 def known_results(config: EvaluateConfig) -> dict | None:
-    """The results of an evaluation that was done before with the same key, or None."""
-    path = out_folder(config) / "evaluation.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    return record["guidance"] if record.get("key") == evaluation_key(config) else None
+    """The results at config.evaluation.guidance where all of them were found before with the same key, or None."""
+    known = _kept(config)
+    scales = [f"{guidance:g}" for guidance in config.evaluation.guidance]
+    return {scale: known[scale] for scale in scales} if all(scale in known for scale in scales) else None
+
+
+def keep_results(config: EvaluateConfig, results: dict) -> None:
+    """Writes evaluation.json; results at other scales stay there if their key is the same."""
+    out = out_folder(config)
+    everything = _kept(config) | results
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"model": str(config.model.path), "key": evaluation_key(config)}
+    record["guidance"] = {scale: everything[scale] for scale in sorted(everything, key=float)}
+    write_json(out / "evaluation.json", record)
+
+
+def _kept(config: EvaluateConfig) -> dict:
+    try:
+        record = json.loads((out_folder(config) / "evaluation.json").read_text())
+        return record["guidance"] if record["key"] == evaluation_key(config) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of another version: evaluated again
+        return {}
 
 
 def out_folder(config: EvaluateConfig) -> Path:
@@ -94,8 +137,8 @@ def out_folder(config: EvaluateConfig) -> Path:
     return folder.parent if folder.name == "model" else folder
 
 
-def open_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[float]) -> QwenImage21:
-    """The model of config.model.path, after the checks."""
+def check_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[float]) -> Path:
+    """The folder of config.model.path, which fits the world and can be guided at these scales."""
     if config.model.path is None:
         raise UserError("model.path is missing: name the model folder or the finished run to evaluate")
     folder = find_model(config.model.path)
@@ -105,6 +148,12 @@ def open_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[fl
             f"guidance {list(guidance)} needs an unconditional embedding and {config.model.path} was trained without one "
             "(pretrain.drop_condition=0); evaluate at guidance 1"
         )
+    return folder
+
+
+def open_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[float]) -> QwenImage21:
+    """The model of config.model.path, after the checks."""
+    folder = check_model(config, world, guidance)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,44 +197,6 @@ def draw(
         images.append(world.decode(out.latents()))
     flat = np.concatenate(images)
     return flat.reshape(len(prompts), group, *flat.shape[1:])
-
-
-def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> dict:
-    """Means and standard errors of one guidance scale; images uint8 [P, G, H, W, 3]."""
-    count, group = images.shape[:2]
-    flat = images.reshape(-1, *images.shape[2:])
-    specs = [parse(p.text) for p in prompts for _ in range(group)]
-    samples = [
-        Sample(i, prompts[i // group].id, prompts[i // group].text, image, prompts[i // group].category)
-        for i, image in enumerate(flat)
-    ]
-    scores = score(rewards, samples)
-    correct = judge.digits_correct(flat, specs).reshape(count, group).astype(float)
-    diversity = np.array([in_group_diversity(own) for own in images])
-    clusters = np.array([p.id for p in prompts])
-    accuracy, error = mean_and_error(correct.mean(1), clusters)
-    result = {"judge_accuracy": accuracy, "judge_accuracy_se": error, "rewards": {}, "rewards_se": {}}
-    for name in sorted({name for own in scores for name in own}):
-        own = [scores[i : i + group] for i in range(0, len(scores), group)]
-        own = np.array([np.nanmean([s.get(name, np.nan) for s in g]) if name in g[0] else np.nan for g in own])
-        applies = ~np.isnan(own)
-        result["rewards"][name], result["rewards_se"][name] = mean_and_error(own[applies], clusters[applies])
-    result["diversity"], result["diversity_se"] = mean_and_error(diversity, clusters)
-    result["gap"] = result["rewards"].get("digit", float("nan")) - accuracy
-    categories = sorted({p.category for p in prompts})
-    member = {c: np.array([p.category == c for p in prompts]) for c in categories}
-    result["judge_by_category"] = {c: float(correct[member[c]].mean()) for c in categories}
-    result["judge_attributes"] = float(judge.attributes_correct(flat, specs).mean())
-    return result | {"pairs": count * group}
-
-
-def mean_and_error(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """Mean of per-group values and its standard error, clustered: groups of one prompt are not independent."""
-    n, names = len(values), np.unique(clusters)
-    if len(names) < 2:
-        return float(values.mean()), float("nan")
-    sums = np.array([(values[clusters == c] - values.mean()).sum() for c in names])
-    return float(values.mean()), float(np.sqrt(len(names) / (len(names) - 1) * (sums**2).sum()) / n)
 
 
 def sample(

@@ -1,0 +1,105 @@
+"""What images of held-out prompts say about a model: rewards, held-out judge, diversity, artifacts, each with its interval.
+
+Errors and 95 % intervals are over prompts: images of one prompt are not independent. Where training raises its own rewards
+and the judge does not follow, diversity falls or artifacts rise, the model learns to please the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qirl.data.prompts import Prompt
+from qirl.data.words import parse
+from qirl.evaluation.artifacts import periodic_peak
+from qirl.evaluation.diversity import in_group_diversity
+from qirl.evaluation.statistics import interval, mean_and_error
+from qirl.rewards.protocol import Sample, score
+
+LEADING = ("digit", "instruction")  # the reward components that ask for the same as the judge; the gap is to them
+APART = ("judge_accuracy", "diversity", "artifacts", "gap")  # beside the rewards
+
+
+def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> dict:
+    """The results of one guidance scale; images uint8 [P, G, H, W, 3], G images of each prompt (which may come again).
+
+    {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error, "rewards",
+    "rewards_se": {component: ...}, "judge_by_category", "judge_attributes", "pairs": images,
+    "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}}}
+    gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
+    """
+    samples = [sample for place, prompt in enumerate(prompts) for sample in samples_of(prompt, images[place], place)]
+    values = _values(images, samples, rewards, judge)
+    clusters = np.array([p.id for p in prompts])
+    result: dict = {"rewards": {}, "rewards_se": {}}
+    for name, own in values.items():
+        applies = ~np.isnan(own)
+        mean, error = mean_and_error(own[applies], clusters[applies]) if applies.any() else (np.nan, np.nan)
+        if name in APART:
+            result |= {name: mean, f"{name}_se": error}
+        else:
+            result["rewards"][name], result["rewards_se"][name] = mean, error
+    for table, of in (("by_task", lambda p: p.task), ("by_category", lambda p: p.category)):
+        result[table] = _table(values, clusters, [of(p) for p in prompts])
+    result["judge_by_category"] = {c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items()}
+    drawn = [s for s in samples if s.task == "t2i"]
+    if drawn:
+        specs = [parse(s.prompt) for s in drawn]
+        result["judge_attributes"] = float(judge.attributes_correct(np.stack([s.image for s in drawn]), specs).mean())
+    return result | {"pairs": len(samples)}
+
+
+def samples_of(prompt: Prompt, images: np.ndarray, place: int = 0) -> list[Sample]:
+    """The images [G, H, W, 3] of one prompt as a reward or a judge takes them; place: of the prompt among others."""
+    first = place * len(images)
+    return [Sample(first + g, prompt.id, prompt.text, x, prompt.category, prompt.sources) for g, x in enumerate(images)]
+
+
+def judge_score(judge) -> Callable[[Sequence[Sample]], np.ndarray]:
+    """What the judge gives battles to compare: its finer `score` where it has one, else right or wrong."""
+    return getattr(judge, "score", None) or (lambda samples: verdicts(judge, samples))
+
+
+def verdicts(judge, samples):
+    if hasattr(judge, "correct"):
+        return judge.correct(samples)
+    return judge.digits_correct(np.stack([s.image for s in samples]), [parse(s.prompt) for s in samples])
+
+
+def _values(images: np.ndarray, samples: Sequence[Sample], rewards, judge) -> dict[str, np.ndarray]:
+    """Per number that is reported, its mean over each prompt's images [P]; NaN where it does not apply or failed."""
+    shape = images.shape[:2]
+    scores = score(rewards, samples)
+    correct = np.asarray(verdicts(judge, samples), dtype=float).reshape(shape).mean(1)
+    components = sorted({name for own in scores for name in own})
+    read = {name: _means(np.array([s.get(name, np.nan) for s in scores]).reshape(shape)) for name in components}
+    leading = np.full(len(images), np.nan)
+    for name in LEADING:
+        leading = np.where(np.isnan(leading), read.get(name, np.nan), leading)
+    return {
+        "judge_accuracy": correct,
+        "diversity": np.array([in_group_diversity(own) for own in images]),
+        "artifacts": np.array([periodic_peak(own) for own in images]),
+        "gap": leading - correct,
+    } | read
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Row means of what is not NaN, NaN for an empty row."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+
+
+def _table(values: dict[str, np.ndarray], clusters: np.ndarray, names: Sequence[str]) -> dict[str, dict]:
+    """The numbers of each of `names` [P], with their intervals."""
+    table = {}
+    for name in sorted(set(names)):
+        member = np.array([own == name for own in names])
+        rows = {"rewards": {}}
+        for what, own in values.items():
+            applies = member & ~np.isnan(own)
+            if applies.any():
+                (rows if what in APART else rows["rewards"])[what] = interval(own[applies], clusters[applies])
+        table[name] = rows
+    return table
