@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -62,7 +63,7 @@ def _require(condition: bool, message: str) -> None:
 class Run(Section):
     out: str = option("runs/run", "run folder: everything the run writes; the same command continues it")
     seed: int = option(0, "seed of every random draw, 0 to 2^64-1", ge=0, lt=2**64)
-    steps: int = option(100, "training steps", ge=1, lt=2**20)
+    steps: int = option(100, "training steps", ge=1, lt=2**20 - 1)
     checkpoint_every: int = option(25, "steps between checkpoints; the last step always writes one", ge=1)
     keep: int = option(2, "checkpoints kept", ge=1)
     samples_every: int = option(10, "steps between sample grids of the monitor prompts; 0 for none", ge=0)
@@ -229,10 +230,20 @@ class Advantage(Section):
     )
     weights: dict[str, float] = option({}, "weight per reward component; a missing one weighs 1")
     category_weights: dict[str, dict[str, float]] = option({}, "weights per prompt category, over `weights`")
+    calibration: str | None = option(
+        None, "calibration.json of `qirl calibrate`: weights and scale per category, in place of the weights above"
+    )
     floor: float = option(0.005, "a component with less spread inside a group gives no signal", ge=0)
     clip: float = option(5.0, "advantages are clipped to +-clip", gt=0)
     max_failed: float = option(0.2, "largest share of failed samples in a step before the run stops", ge=0, le=1)
     shuffle: bool = option(False, "control experiment: rewards are shuffled inside each group")
+
+
+class Scoring(Section):
+    workers: int = option(1, "micro-groups of images that are scored at the same time, in the background", ge=1)
+    timeout: float = option(300.0, "seconds a reward may take for one micro-group", gt=0)
+    retries: int = option(2, "further tries after an error or a timeout; then the samples count as failed", ge=0)
+    backoff: float = option(1.0, "seconds before the first further try; doubled for each one after it", ge=0)
 
 
 class Pretrain(Section):
@@ -245,7 +256,31 @@ class Pretrain(Section):
     micro_tokens: int = option(16384, "tokens of one pack", ge=1)
 
 
+class Teacher(Section):
+    path: str | None = option(None, "a finished run, a model folder, or the adapter folder of a LoRA run on model.path")
+    task: Literal["t2i", "edit"] = option("t2i", "whose prompts it teaches")
+    guidance: float = option(1.0, "classifier-free guidance scale it teaches with", ge=0)
+    rescale: bool = option(False, "its guidance with norm rescale (Qwen-Image 1.x)")
+    share: int = option(1, "its steps out of every sum of all teachers' shares", ge=1, le=1000)
+
+
+class Distill(Section):
+    teachers: dict[str, Teacher] = option({}, "teachers by name; a step has one of them, which follows from the step")
+    prompts: int = option(8, "prompts per step, over all ranks", ge=1)
+    group: int = option(4, "images per prompt", ge=1)
+    nodes: int = option(0, "nodes of a trajectory that are trained; 0 for all", ge=0)
+    power: float = option(2.0, "with nodes: drawn without replacement with probability proportional to t^power", ge=0)
+    weight: Literal["one", "step", "sde"] = option(
+        "one", "weight of a node: 1, its time step |dt|, or what |dv|^2 weighs in the KL of its sde transition"
+    )
+    anchor: float = option(0.0, "weight of the squared velocity distance to the frozen base, beside the teacher's", ge=0)
+    micro_tokens: int = option(16384, "tokens of one pack of the student", ge=1)
+
+
 class Evaluation(Section):
+    models: dict[str, str] = option(
+        {}, "models to compare by name: model folders or finished runs, over model.path; empty: model.path alone"
+    )
     guidance: tuple[float, ...] = option((1.0, 2.0, 4.0, 6.0), "guidance scales to evaluate at")
     prompts: int = option(96, "held-out prompts", ge=1)
     group: int = option(6, "images per prompt", ge=2)
@@ -258,6 +293,52 @@ class Evaluation(Section):
         ok = self.guidance and min(self.guidance) >= 0
         _require(ok, f"evaluation.guidance={list(self.guidance)} must name scales of 0 or more, such as [1, 4]")
         return self
+
+
+class Arena(Section):
+    battles: bool = option(False, "every two of evaluation.models battle, judged by the held-out judge, and are rated")
+    anchor: str | None = option(None, "model whose rating is fixed; null: the first one")
+    rating: float = option(1000.0, "rating of the anchor, on the Elo scale")
+    resamples: int = option(1000, "bootstrap resamples of the prompts, for 95 % intervals", ge=100, le=100_000)
+    guidance: dict[str, float] = option(
+        {}, "scale that a model plays at; one that is not named plays at the first of evaluation.guidance"
+    )
+
+
+class Probe(Section):
+    group: int = option(16, "images per candidate prompt", ge=2, le=4096)
+    prompts: int = option(0, "candidate prompts, the categories in turn; 0: all of them", ge=0)
+    timesteps: Timesteps = option(
+        Timesteps(), "policy.timesteps of the training: the random steps of a stochastic sampler"
+    )
+
+
+class Curate(Section):
+    tau: float = option(
+        0.02, "a prompt stays if the range of its composite reward is above tau x d2(group); at least twice its read noise",
+        gt=0, le=1,
+    )  # fmt: skip
+    saturated: float = option(1.0, "a prompt whose mean composite reward is above this is dropped", gt=0, le=1)
+    balance: float = option(
+        0.0, "no category keeps more than this many times the prompts of the smallest one that keeps any; 0: no limit",
+        ge=0,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _balance_is_a_ratio(self):
+        ok = self.balance == 0 or self.balance >= 1
+        _require(ok, f"curate.balance={self.balance} is below 1: even the smallest category would lose prompts; use 0 or 1")
+        return self
+
+
+class Calibrate(Section):
+    method: Literal["calibrated", "table"] = option(
+        "calibrated", "weights that give every component its wanted share, or the hand weights of `advantage`"
+    )
+    shares: dict[str, float] = option({}, "wanted share of the advantage's variance per component; empty: equal shares")
+    category_shares: dict[str, dict[str, float]] = option({}, "wanted shares per prompt category, over `shares`")
+    ledger: str | None = option(None, "ledger.jsonl of `qirl curate` (or its folder); null: draws its own probe")
+    only_kept: bool = option(True, "of such a ledger use the prompts that it keeps")
 
 
 class PretrainConfig(Section):
@@ -294,6 +375,7 @@ class TrainConfig(Section):
     flow: Flow = Flow()
     guidance: Guidance = Guidance()
     policy: Policy = Policy()
+    scoring: Scoring = Scoring()
     advantage: Advantage = Advantage()
 
     @model_validator(mode="after")
@@ -375,6 +457,16 @@ def _check_old(p: Policy, flow: Flow) -> None:
 
 
 def _check_weights(advantage: Advantage) -> None:
+    if advantage.calibration is not None:
+        given = "advantage.weights" if advantage.weights else "advantage.category_weights"
+        _require(
+            not (advantage.weights or advantage.category_weights),
+            f"advantage.calibration and {given} both say how much a component weighs; remove one of the two",
+        )
+        _require(
+            advantage.convention == "per_reward",
+            f"advantage.calibration is for advantage.convention=per_reward, not {advantage.convention}; remove one of the two",
+        )
     for section, weights in (("weights", advantage.weights), *_by_category(advantage)):
         for name, value in weights.items():
             _require(value >= 0, f"advantage.{section}.{name}={value} is negative; weights are 0 or more")
@@ -382,6 +474,77 @@ def _check_weights(advantage: Advantage) -> None:
 
 def _by_category(advantage: Advantage):
     return ((f"category_weights.{category}", weights) for category, weights in advantage.category_weights.items())
+
+
+class DistillConfig(Section):
+    """`qirl distill`: several task teachers taught to one student that needs no guidance."""
+
+    run: Run = Run()
+    world: World = World()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    flow: Flow = Flow()
+    distill: Distill = Distill()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_of_the_teachers(cls, values):
+        """world.task follows from the teachers; the config as resolved says it."""
+        distill = values.get("distill") if isinstance(values, dict) else None
+        teachers = distill.get("teachers") if isinstance(distill, dict) else None
+        world = values.get("world", {}) if isinstance(values, dict) else None
+        if not isinstance(teachers, dict) or not isinstance(world, dict) or "task" in world:
+            return values
+        tasks = {str(t.get("task", "t2i")) for t in teachers.values() if isinstance(t, dict)}
+        if not tasks or tasks - {"t2i", "edit"}:
+            return values
+        return values | {"world": world | {"task": tasks.pop() if len(tasks) == 1 else "mixed"}}
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        _require(
+            self.model.path is not None,
+            "model.path is missing: the student starts from the base that the teachers were trained from; name its folder",
+        )
+        _check_source(self.model)
+        _check_teachers(self.distill.teachers, self.world)
+        flow = self.flow
+        _require(
+            flow.guidance == 1 and not flow.rescale,
+            f"flow.guidance={flow.guidance:g}, flow.rescale={str(flow.rescale).lower()}: the student learns to need no "
+            "guidance; set flow.guidance=1 and flow.rescale=false (a teacher's scale is distill.teachers.NAME.guidance)",
+        )
+        _require(
+            self.distill.nodes <= flow.steps,
+            f"distill.nodes={self.distill.nodes} is more than flow.steps={flow.steps}; use {flow.steps} or fewer, 0 for all",
+        )
+        _require(
+            flow.sampler != "cps" or flow.level <= 1,
+            f"flow.level={flow.level}: cps takes a level in (0, 1]; use 1 or less",
+        )
+        return self
+
+
+def _check_teachers(teachers: dict[str, Teacher], world: World) -> None:
+    _require(
+        len(teachers) > 0,
+        "distill.teachers is empty: there is nothing to learn from; name one, such as distill.teachers.t2i.path=runs/t2i",
+    )
+    for name, teacher in teachers.items():
+        _require(
+            re.fullmatch(r"[\w-]+", name) is not None,
+            f"distill.teachers: '{name}' is no name; use letters, digits, - and _, such as t2i",
+        )
+        _require(
+            teacher.path is not None,
+            f"distill.teachers.{name}.path is missing; name a finished run, its model folder or its adapter folder",
+        )
+    tasks = sorted({t.task for t in teachers.values()})
+    wanted = tasks[0] if len(tasks) == 1 else "mixed"
+    _require(
+        world.task == wanted,
+        f"world.task={world.task} does not fit teachers of {' and '.join(tasks)}; use {wanted}, or remove world.task",
+    )
 
 
 class EvaluateConfig(Section):
@@ -392,15 +555,103 @@ class EvaluateConfig(Section):
     model: Model = Model()
     flow: Flow = Flow()
     evaluation: Evaluation = Evaluation()
+    arena: Arena = Arena()
+
+    @model_validator(mode="after")
+    def _arena_knows_its_models(self):
+        models, arena = self.evaluation.models, self.arena
+        known = ", ".join(models) or "none"
+        _require(
+            not arena.battles or len(models) > 1,
+            f"arena.battles needs two models or more in evaluation.models; there are {known}: name them, or set it to false",
+        )
+        _require(
+            arena.anchor is None or arena.anchor in models,
+            f"arena.anchor={arena.anchor} is not among evaluation.models ({known}); name one of them",
+        )
+        for name, scale in arena.guidance.items():
+            _require(
+                name in models, f"arena.guidance.{name} is not among evaluation.models ({known}); name one of them"
+            )
+            _require(scale >= 0, f"arena.guidance.{name}={scale:g} is negative; a guidance scale is 0 or more")
+        return self
 
 
-KINDS = {"pretrain": PretrainConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+class CurateConfig(Section):
+    """`qirl curate`: which prompts the base model can learn from, by the range of its rewards."""
+
+    run: Run = Run()
+    world: World = World()
+    model: Model = Model()
+    flow: Flow = Flow()
+    probe: Probe = Probe()
+    scoring: Scoring = Scoring()
+    advantage: Advantage = Advantage()
+    curate: Curate = Curate()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        _check_probe(self)
+        return self
+
+
+class CalibrateConfig(Section):
+    """`qirl calibrate`: reward weights and scale per prompt category."""
+
+    run: Run = Run()
+    world: World = World()
+    model: Model = Model()
+    flow: Flow = Flow()
+    probe: Probe = Probe()
+    scoring: Scoring = Scoring()
+    advantage: Advantage = Advantage()
+    calibrate: Calibrate = Calibrate()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        _check_probe(self)
+        weights, shares = self.advantage.weights or self.advantage.category_weights, self.calibrate.shares
+        shares = shares or self.calibrate.category_shares
+        if self.calibrate.method == "table":
+            _require(not shares, "calibrate.shares belongs to method calibrated; the table's weights are advantage.weights")
+        else:
+            _require(not weights, "advantage.weights belongs to method table; calibrated takes calibrate.shares")
+        for section, own in (("shares", self.calibrate.shares), *self.calibrate.category_shares.items()):
+            for name, value in own.items():
+                _require(value >= 0, f"the wanted share {section}.{name}={value} is negative; shares are 0 or more")
+        return self
+
+
+def _check_probe(config: CurateConfig | CalibrateConfig) -> None:
+    model, flow, timesteps = config.model, config.flow, config.probe.timesteps
+    _require(model.path is not None, "model.path is missing: name the base that draws the images")
+    _check_source(model)
+    _check_weights(config.advantage)
+    _require(
+        config.advantage.calibration is None,
+        "advantage.calibration belongs to `qirl train`; here weights are advantage.weights, remove it",
+    )
+    _require(
+        flow.sampler != "cps" or flow.level <= 1, f"flow.level={flow.level}: cps takes a level in (0, 1]; use 1 or less"
+    )
+    trainable = min(timesteps.trainable(flow.steps), flow.steps - 1)
+    _require(
+        flow.sampler == "ode" or timesteps.count <= trainable,
+        f"probe.timesteps.count={timesteps.count} is more than the {trainable} trainable nodes of flow.steps={flow.steps}; "
+        f"use {trainable} or fewer, as policy.timesteps of the training",
+    )
+
+
+KINDS = {
+    "pretrain": PretrainConfig, "train": TrainConfig, "distill": DistillConfig, "evaluate": EvaluateConfig,
+    "curate": CurateConfig, "calibrate": CalibrateConfig,
+}  # fmt: skip
 
 
 def load(kind: str, source: str | Path | dict | None, overrides: tuple[str, ...] | list[str] = ()) -> Section:
     """The config of a run: a YAML file (or a dict) and dotted overrides such as `policy.group=16`.
 
-    kind: "pretrain", "train" or "evaluate". Raises UserError, one line, for a missing file, bad YAML, an unknown
+    kind: a key of KINDS, such as "train". Raises UserError, one line, for a missing file, bad YAML, an unknown
     option (with the nearest name), a wrong type or options that contradict each other.
     """
     schema = KINDS[kind]

@@ -25,10 +25,15 @@ def opened(tmp_path, tiny_model):
 
     from qirl.policy import trainer as training
 
+    trainers = []
+
     def open_one(*parts, reward=colours):
-        number = len(list(tmp_path.glob("run*")))
-        return training.open_trainer(train_config(tmp_path / f"run{number}", tiny_model, *parts), [reward])
+        config = train_config(tmp_path / f"run{len(trainers)}", tiny_model, *parts)
+        trainers.append(training.open_trainer(config, [reward]))
+        return trainers[-1]
 
     yield open_one
+    for trainer in trainers:
+        trainer.scorer.close()
     if dist.is_initialized():  # bfloat16 runs make a process group
         dist.destroy_process_group()

@@ -64,7 +64,7 @@ def lines(path: Path) -> int:
 def content(folder: Path) -> dict:
     """Everything of a run that must not depend on its interruptions."""
     out = folder / "out"
-    timed = lambda key: key.startswith("time/") or key.endswith("_per_second")  # noqa: E731
+    timed = lambda key: key.startswith(("time/", "timing/")) or key.endswith("_per_second")  # noqa: E731
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = {"metrics": [{k: v for k, v in record.items() if not timed(k)} for record in metrics]}
     for path in sorted([*(out / "model").iterdir(), *(out / "samples").iterdir(), out / "scores.jsonl"]):

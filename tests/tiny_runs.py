@@ -109,10 +109,12 @@ REWARDS = {"colours": colours, "patchy": patchy, "luck": luck}
 def experience(trainer, step=0):
     """A rollout with its advantages: (experience, chosen prompts, slots)."""
     from qirl.policy import trainer as training
+    from qirl.policy.scoring import StepScores
 
     chosen = trainer.prompts.step(step, trainer.config.policy.prompts)
-    exp, slots = training.sample(trainer, chosen, step)
-    scores, _ = training.score_samples(trainer, exp, chosen, slots, step)
+    scoring = StepScores(trainer, chosen, step)
+    exp, slots = training.sample(trainer, chosen, step, scoring.submit)
+    scores, _, _ = scoring.collect(exp.ids)
     training.assign_advantages(trainer, exp, scores, chosen, slots, step)
     return exp, chosen, slots
 

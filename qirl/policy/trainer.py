@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,20 +23,13 @@ from qirl.kernels.philox import Stream, stream
 from qirl.packing import Target, cut
 from qirl.parallel.data import agree, gather_rows, gathered, world_size
 from qirl.policy import monitor
-from qirl.policy.advantages import (
-    ABSENT,
-    advantages,
-    check_categories,
-    check_components,
-    shuffle_inside,
-    table,
-    unknown_weights,
-    weights_of,
-)
+from qirl.policy.advantages import advantages, check_components, shuffle_inside, table, weights_of
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.packs import Layout, lay_out
+from qirl.policy.scoring import StepScores, write_scores
 from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
-from qirl.rewards.protocol import Reward, Sample, score
+from qirl.rewards.protocol import Reward
+from qirl.rewards.scorer import Scorer
 from qirl.run.progress import Live
 
 # per optimizer step, its layouts and their batches
@@ -52,6 +44,7 @@ class Trainer:
     engine: Engine
     world: DigitsWorld
     rewards: Sequence[Reward]
+    scorer: Scorer
     prompts: PromptSampler
     guided: bool
 
@@ -75,7 +68,7 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
     trainer = open_trainer(config, rewards)
     engine, run = trainer.engine, config.run
     done = engine.resume()
-    with Stop() as stop, Live("train", run.steps, done, show=engine.ranks.first and not quiet) as live:
+    with Stop() as stop, trainer.scorer, Live("train", run.steps, done, show=engine.ranks.first and not quiet) as live:
         if done == 0:
             monitor.write_samples(trainer, 0)
         for step in range(done, run.steps):
@@ -122,14 +115,14 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
             f"use {ranks * config.policy.minibatches * max(1, share // ranks)} prompts"
         )
     sampler = PromptSampler(prompts, config.run.seed)
-    check_noise_counters(config, sampler)
+    check_noise_counters("policy", config.policy.prompts, config.policy.group, sampler)
     rewards = list(rewards) or world.rewards()
     if declared := declared_components(rewards):
         check_components(config.advantage, declared, sampler.categories)
     engine = Engine.open(config, world)
     if config.policy.kl and not engine.weights.lora:
         engine.weights.keep("reference")
-    trainer = Trainer(config, engine, world, rewards, sampler, guided)
+    trainer = Trainer(config, engine, world, rewards, Scorer(rewards, config.scoring), sampler, guided)
     if trainer.old:
         engine.weights.keep("old")
     return trainer
@@ -147,14 +140,14 @@ def declared_components(rewards: Sequence[Reward]) -> list[str]:
     return [] if None in said else [name for own in said for name in own]
 
 
-def check_noise_counters(config: TrainConfig, sampler: PromptSampler) -> None:
+def check_noise_counters(section: str, prompts: int, group: int, sampler: PromptSampler) -> None:
     """Raises UserError if a prompt comes so often in one step that its samples' noise counters would wrap."""
-    places = -(-config.policy.prompts // len(sampler.categories))
+    places = -(-prompts // len(sampler.categories))
     often = max(-(-places // len(own)) + 1 for own in sampler.by_category.values())
-    if often * config.policy.group > 1 << 12:
+    if often * group > 1 << 12:
         raise UserError(
-            f"policy.prompts={config.policy.prompts} repeats a prompt up to {often} times a step, {often} x group="
-            f"{config.policy.group} is more than the 4096 samples a prompt can have; use more prompts or smaller groups"
+            f"{section}.prompts={prompts} repeats a prompt up to {often} times a step, {often} x group="
+            f"{group} is more than the 4096 samples a prompt can have; use more prompts or smaller groups"
         )
 
 
@@ -163,10 +156,11 @@ def train_step(trainer: Trainer, step: int) -> dict:
     config, engine = trainer.config, trainer.engine
     clock = [time.monotonic()]
     chosen = trainer.prompts.step(step, config.policy.prompts)
-    exp, slots = sample(trainer, chosen, step)
+    scoring = StepScores(trainer, chosen, step)
+    exp, slots = sample(trainer, chosen, step, scoring.submit)
     clock.append(time.monotonic())
-    scores, images = score_samples(trainer, exp, chosen, slots, step)
-    record = assign_advantages(trainer, exp, scores, chosen, slots, step)
+    scores, images, record = scoring.collect(exp.ids)
+    record |= assign_advantages(trainer, exp, scores, chosen, slots, step)
     monitor.write_group(trainer, step + 1, images, scores, exp, chosen, slots)
     clock.append(time.monotonic())
     record |= update(trainer, exp, slots, step)
@@ -180,8 +174,13 @@ def train_step(trainer: Trainer, step: int) -> dict:
     }  # fmt: skip
 
 
-def sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int) -> tuple[Experience, list[int]]:
-    """Draws this rank's groups. Returns them without advantages, and the slots of `chosen` they belong to."""
+def sample(
+    trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int, done=None
+) -> tuple[Experience, list[int]]:
+    """Draws this rank's groups. Returns them without advantages, and the slots of `chosen` they belong to.
+
+    done(ids, latents) is called for every micro-group of samples as soon as it is finished.
+    """
     config, engine, world = trainer.config, trainer.engine, trainer.world
     slots = list(range(engine.ranks.rank, len(chosen), engine.ranks.world))
     group, device = config.policy.group, engine.ranks.device
@@ -191,9 +190,14 @@ def sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int) ->
     draws = stream(config.run.seed, [p.id for p in prompts for _ in range(group)], sample_index, step, device)
     grid = grids(targets, config.flow, device)
     nodes = draw_nodes(draws, grid, config.policy.timesteps, last_step=config.policy.loss == "nft")
-    with engine.weights.using(trainer.old):
-        x0, kept = sample_in_batches(trainer, prompts, targets, draws, nodes)
     ids = torch.tensor([slot * group + g for slot in slots for g in range(group)])
+
+    def finished(run: list[int], latents: list[torch.Tensor]) -> None:
+        if done:
+            done(ids[run].tolist(), latents)
+
+    with engine.weights.using(trainer.old):
+        x0, kept = sample_in_batches(trainer, prompts, targets, draws, nodes, done=finished)
     unset = torch.zeros(len(targets))
     conditions = [world.condition(p) for p in prompts]
     in_objective = config.guidance.scope == "both" and config.flow.guidance != 1
@@ -201,8 +205,13 @@ def sample(trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int) ->
     return Experience(conditions, negatives, targets, draws, grid, nodes, x0, kept, ids, unset, unset > 0), slots
 
 
-def sample_in_batches(trainer: Trainer, prompts: Sequence[Prompt], targets, draws: Stream, nodes=None, flow=None):
-    """Rolls out all targets, at most flow.rollout_tokens at a time: latents per sample, kept transitions."""
+def sample_in_batches(
+    trainer: Trainer, prompts: Sequence[Prompt], targets, draws: Stream, nodes=None, flow=None, done=None
+):
+    """Rolls out all targets, at most flow.rollout_tokens at a time: latents per sample, kept transitions.
+
+    done(indices, latents) is called for every such micro-group.
+    """
     flow = flow or trainer.config.flow
     twice = 2 if flow.guidance != 1 else 1
     runs = cut([t.tokens * twice for t in targets], flow.rollout_tokens, "flow.rollout_tokens")
@@ -213,8 +222,12 @@ def sample_in_batches(trainer: Trainer, prompts: Sequence[Prompt], targets, draw
         for place in range(count):
             run = runs[place % len(runs)]
             out = _roll(trainer, prompts, targets, draws, nodes if keep_states else None, flow, run)
+            if place >= len(runs):  # a repeat: another rank has more
+                continue
             for index, latents in zip(run, out.latents(), strict=True):
                 x0[index] = latents
+            if done:
+                done(run, out.latents())
             kept |= {(run[i], node): k for (i, node), k in out.kept.items()}
     return x0, kept
 
@@ -228,72 +241,6 @@ def _roll(trainer: Trainer, prompts, targets, draws: Stream, nodes, flow, run: l
     rows = draws.rows(torch.tensor(run, device=draws.prompt.device))
     own_nodes = [nodes[i] for i in run] if nodes else None
     return rollout(trainer.engine.model, conditions, own, rows, flow, own_nodes, negatives)
-
-
-def score_samples(trainer: Trainer, exp: Experience, chosen, slots: Sequence[int], step: int):
-    """Raw scores of this rank's samples, and the images."""
-    group = trainer.config.policy.group
-    images = trainer.world.decode(exp.x0)
-    samples = []
-    for i, image in enumerate(images):
-        prompt = chosen[slots[i // group]][0]
-        number = _number(trainer, step, int(exp.ids[i]))
-        samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources))
-    _agree_on_scores(trainer, scores := _score(trainer, samples))
-    return scores, images
-
-
-def _score(trainer: Trainer, samples: Sequence[Sample]):
-    """The scores, or the error that every rank is to raise: one rank alone would leave the others waiting."""
-    try:
-        return score(trainer.rewards, samples)
-    except UserError as error:
-        if trainer.engine.ranks.world == 1:
-            raise
-        return error
-
-
-def _number(trainer: Trainer, step: int, index: int) -> int:
-    """The id of a sample, unique in the run."""
-    return step * trainer.config.policy.prompts * trainer.config.policy.group + index
-
-
-def write_scores(trainer: Trainer, everything: torch.Tensor, chosen, step: int) -> None:
-    """All raw scores of the step into scores.jsonl, before they are used."""
-    records = []
-    for index, row in enumerate(everything.tolist()):
-        slot, which = divmod(index, trainer.config.policy.group)
-        prompt = chosen[slot][0]
-        scores = {c: v for c, v in zip(trainer.components, row, strict=True) if v != ABSENT}
-        records.append(
-            {"step": step + 1, "id": _number(trainer, step, index), "prompt_id": prompt.id, "prompt": prompt.text,
-             "category": prompt.category, "sample": which, "scores": scores}
-        )  # fmt: skip
-    if trainer.engine.ranks.first:
-        trainer.engine.scores.append(records)
-
-
-def _agree_on_scores(trainer: Trainer, scores) -> None:
-    """Adds what any rank's rewards returned for the first time: a component may apply to later prompts only.
-
-    Raises the UserError of any rank on all of them.
-    """
-    failed = str(scores) if isinstance(scores, UserError) else None
-    names = set(trainer.components) | ({name for own in scores for name in own} if failed is None else set())
-    if trainer.engine.ranks.world > 1:
-        parts = [None] * trainer.engine.ranks.world
-        torch.distributed.all_gather_object(parts, (sorted(names), failed))
-        if errors := [error for _, error in parts if error]:
-            raise UserError(errors[0])
-        names = {name for part, _ in parts for name in part}
-    if not names:
-        raise UserError("no reward returned a component for any sample; a reward returns {component: score} per sample")
-    if names != set(trainer.components):
-        options = trainer.config.advantage
-        if unknown := unknown_weights(options, sorted(names)):
-            warnings.warn(f"no reward has returned {', '.join(unknown)} so far: those weights do nothing", stacklevel=2)
-        check_categories(options, sorted(names), trainer.prompts.categories)
-        trainer.engine.notes["components"] = sorted(names)
 
 
 def assign_advantages(trainer: Trainer, exp: Experience, scores, chosen, slots, step: int) -> dict:

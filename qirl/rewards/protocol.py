@@ -12,11 +12,8 @@ sample; NaN means that scoring failed (section 5 of the algorithm page).
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,39 +45,40 @@ class Sample:
 Reward = Callable[[Sequence[Sample]], "list[Scores] | Awaitable[list[Scores]]"]
 
 
-def score(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
-    """Runs every reward over all samples and merges their components, per sample, in sample order.
+def name_of(reward: Reward) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
 
-    Raises UserError if a reward returns the wrong number of results, a component twice or a value outside [0, 1].
-    """
 
-    async def run_one(reward: Reward) -> list[Scores]:
-        result = reward(samples)
-        return await result if inspect.isawaitable(result) else result
-
-    async def run_all() -> list[list[Scores]]:
-        return await asyncio.gather(*(run_one(reward) for reward in rewards))
-
-    with ThreadPoolExecutor(1) as pool:  # its own thread: the caller may live inside an event loop (a notebook)
-        everything = pool.submit(lambda: asyncio.run(run_all())).result()
-    merged: list[Scores] = [{} for _ in samples]
-    for reward, results in zip(rewards, everything, strict=True):
-        name = getattr(reward, "__name__", type(reward).__name__)
-        if len(results) != len(samples):
+def check(reward: Reward, samples: Sequence[Sample], results: Sequence[Scores]) -> None:
+    """Raises UserError if a reward returned the wrong number of results or a value outside [0, 1] that is not NaN."""
+    if len(results) != len(samples):
+        raise UserError(
+            f"reward {name_of(reward)} returned {len(results)} results for {len(samples)} samples; return one dict per "
+            "sample"
+        )
+    for component, value in (pair for row in results for pair in row.items()):
+        if not (math.isnan(value) or 0.0 <= value <= 1.0):
             raise UserError(
-                f"reward {name} returned {len(results)} results for {len(samples)} samples; return one dict per sample"
+                f"reward {name_of(reward)}: {component}={value} is outside [0, 1]; map it to that range (NaN where "
+                "scoring failed)"
             )
-        for scores, result in zip(merged, results, strict=True):
-            _check_components(name, scores, result)
-            scores.update({component: float(value) for component, value in result.items()})
+
+
+def merge(rewards: Sequence[Reward], results: Sequence[Sequence[Scores]], count: int) -> list[Scores]:
+    """One dict per sample out of one list per reward. Raises UserError for a component that two rewards return."""
+    merged: list[Scores] = [{} for _ in range(count)]
+    for reward, rows in zip(rewards, results, strict=True):
+        for scores, row in zip(merged, rows, strict=True):
+            if twice := scores.keys() & row.keys():
+                raise UserError(
+                    f"two rewards return the component '{min(twice)}' (one is {name_of(reward)}); rename one"
+                )
+            scores.update({component: float(value) for component, value in row.items()})
     return merged
 
 
-def _check_components(name: str, known: Scores, new: Scores) -> None:
-    for component, value in new.items():
-        if component in known:
-            raise UserError(f"two rewards return the component '{component}' (one is {name}); rename one")
-        if not (math.isnan(value) or 0.0 <= value <= 1.0):
-            raise UserError(
-                f"reward {name}: {component}={value} is outside [0, 1]; map it to that range (NaN where scoring failed)"
-            )
+def score(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
+    """All samples at once; see qirl.rewards.scorer."""
+    from qirl.rewards.scorer import score as run
+
+    return run(rewards, samples)

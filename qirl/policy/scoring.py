@@ -1,0 +1,92 @@
+"""The scores of one training step: images go to the rewards as they are finished, raw scores into scores.jsonl."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qirl.data.prompts import Prompt
+from qirl.errors import UserError
+from qirl.policy.advantages import ABSENT, check_categories, unknown_weights
+from qirl.rewards.protocol import Sample, Scores
+
+
+class StepScores:
+    """Takes this rank's finished micro-groups of one step and gives their scores back in the order of the samples.
+
+    chosen: the step's prompts; ids int64 [R]: each sample's slot * group + place in its group.
+    """
+
+    def __init__(self, trainer, chosen: Sequence[tuple[Prompt, int]], step: int):
+        self.trainer, self.chosen, self.step = trainer, chosen, step
+        self.order: list[int] = []
+        self.images: dict[int, np.ndarray] = {}
+
+    def submit(self, ids: Sequence[int], latents: Sequence[torch.Tensor]) -> None:
+        """Decodes a finished micro-group and hands it to the background scorer."""
+        images, samples = self.trainer.world.decode(latents), []
+        for index, image in zip(ids, images, strict=True):
+            prompt = self.chosen[index // self.trainer.config.policy.group][0]
+            number = sample_number(self.trainer, self.step, index)
+            samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources))
+            self.images[index] = image
+        self.order += ids
+        self.trainer.scorer.submit(samples)
+
+    def collect(self, ids: torch.Tensor) -> tuple[list[Scores], list[np.ndarray], dict[str, float]]:
+        """Scores and images of the samples `ids`, and the scorer's metrics. Raises the UserError of any rank on all."""
+        try:
+            scores, record = self.trainer.scorer.collect()
+        except UserError as error:
+            if self.trainer.engine.ranks.world == 1:
+                raise
+            scores, record = error, {}
+        agree_on_scores(self.trainer, scores)
+        place = {index: i for i, index in enumerate(self.order)}
+        return [scores[place[i]] for i in ids.tolist()], [self.images[i] for i in ids.tolist()], record
+
+
+def sample_number(trainer, step: int, index: int) -> int:
+    """The id of a sample, unique in the run."""
+    return step * trainer.config.policy.prompts * trainer.config.policy.group + index
+
+
+def write_scores(trainer, everything: torch.Tensor, chosen, step: int) -> None:
+    """All raw scores of the step into scores.jsonl, before they are used."""
+    records = []
+    for index, row in enumerate(everything.tolist()):
+        slot, which = divmod(index, trainer.config.policy.group)
+        prompt = chosen[slot][0]
+        scores = {c: v for c, v in zip(trainer.components, row, strict=True) if v != ABSENT}
+        records.append(
+            {"step": step + 1, "id": sample_number(trainer, step, index), "prompt_id": prompt.id, "prompt": prompt.text,
+             "category": prompt.category, "sample": which, "scores": scores}
+        )  # fmt: skip
+    if trainer.engine.ranks.first:
+        trainer.engine.scores.append(records)
+
+
+def agree_on_scores(trainer, scores: list[Scores] | UserError) -> None:
+    """Adds what any rank's rewards returned for the first time: a component may apply to later prompts only.
+
+    Raises the UserError of any rank on all of them.
+    """
+    failed = str(scores) if isinstance(scores, UserError) else None
+    names = set(trainer.components) | ({name for own in scores for name in own} if failed is None else set())
+    if trainer.engine.ranks.world > 1:
+        parts = [None] * trainer.engine.ranks.world
+        torch.distributed.all_gather_object(parts, (sorted(names), failed))
+        if errors := [error for _, error in parts if error]:
+            raise UserError(errors[0])
+        names = {name for part, _ in parts for name in part}
+    if not names:
+        raise UserError("no reward returned a component for any sample; a reward returns {component: score} per sample")
+    if names != set(trainer.components):
+        options = trainer.config.advantage
+        if unknown := unknown_weights(options, sorted(names)):
+            warnings.warn(f"no reward has returned {', '.join(unknown)} so far: those weights do nothing", stacklevel=2)
+        check_categories(options, sorted(names), trainer.prompts.categories)
+        trainer.engine.notes["components"] = sorted(names)
