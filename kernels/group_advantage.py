@@ -1,10 +1,11 @@
 """Advantages of several rewards inside prompt groups (algorithm page, section 5).
 
-    A_i = sum_k w_k z_ik,   z_ik = (R_ik - mu_k) / sigma_k over the samples of i's group,   sum of w_k = 1
+    A_i = scale_i sum_k w_k z_ik,   z_ik = (R_ik - mu_k) / sigma_k over the samples of i's group,   sum of w_k = 1
 
 sigma is the population std; z_k = 0 where sigma_k < max(floor, read noise of k). A component that does not apply to a
 sample gives its weight to the others; a sample with a failed component leaves mu, sigma and the loss; a group where a
-component failed for every sample, or with fewer than 2 valid samples, is dropped. Bytes: 4 * N * K read, 4 * N written.
+component failed for every sample, or with fewer than 2 valid samples, is dropped. scale is 1, or what the category of
+the sample is calibrated to. Bytes: 4 * N * K read, 4 * N written.
 Source: Qwen-Image-2.0-RL, section 2. Conventions of other trainers: flow_grpo (sum_then_normalise, global_std),
 GDPO (arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783, no_std).
 """
@@ -40,7 +41,7 @@ def _z(values, mask, group, groups, floor, std_mask=None):
     return torch.where((std >= floor) & (std > ROUNDING), centred / std.clamp_min(1e-30), 0)
 
 
-def reference(scores, applies, group, weights, noise, floor, clip, convention):
+def reference(scores, applies, group, weights, noise, floor, clip, convention, scale):
     scores = scores.double()
     groups = int(group.max()) + 1 if len(group) else 0
     failed = (applies & scores.isnan()).any(1)
@@ -72,7 +73,7 @@ def reference(scores, applies, group, weights, noise, floor, clip, convention):
         else:
             over_all = one if convention == "global_std" else None
             advantage = _z(total, one, group, groups, torch.full((1,), floor).double(), over_all)[:, 0]
-    return torch.where(valid, advantage.clamp(-clip, clip), 0).float(), valid
+    return torch.where(valid, (scale * advantage).clamp(-clip, clip), 0).float(), valid
 
 
 def group_advantage(
@@ -84,11 +85,13 @@ def group_advantage(
     floor: float = 0.005,
     clip: float = 5.0,
     convention: str = "per_reward",
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages float32 [N], clipped to +-clip and 0 where dropped, and valid bool [N].
 
     scores [N, K] in [0, 1], NaN where scoring failed; applies bool [N, K]; group int64 [N] in 0 .. groups-1 (by prompt
-    id, not text); weights [N, K] >= 0 by the sample's category; noise [K], read noise of each component.
+    id, not text); weights [N, K] >= 0 by the sample's category; noise [K], read noise of each component; scale [N], a factor
+    on each sample's advantage before it is clipped (1 where not given).
     Raises ValueError for an unknown convention, floating-point groups (ids beyond 2^24 would merge) or misfit shapes.
     """
     if convention not in CONVENTIONS:
@@ -100,6 +103,21 @@ def group_advantage(
             f"scores {tuple(scores.shape)}, applies {tuple(applies.shape)}, weights {tuple(weights.shape)} and "
             f"group {tuple(group.shape)} do not fit; give [N, K] three times and [N]"
         )
+    if scale is not None and scale.shape != group.shape:
+        raise ValueError(
+            f"scale {tuple(scale.shape)} does not fit group {tuple(group.shape)}; give one factor a sample"
+        )
     noise = torch.zeros(scores.shape[1]) if noise is None else noise
+    scale = torch.ones(len(scores)) if scale is None else scale
     run = choose("group_advantage", reference=reference)
-    return run(scores, applies, group, weights, noise.to(scores.device), floor, clip, convention)
+    return run(
+        scores,
+        applies,
+        group,
+        weights,
+        noise.to(scores.device),
+        floor,
+        clip,
+        convention,
+        scale.to(scores.device).double(),
+    )

@@ -8,11 +8,14 @@ d2(G) is the expected range of G standard normals, so tau does not depend on G. 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from qirl.kernels.dispatch import choose
 
 
+@cache
 def expected_range(group: int) -> float:
     """d2(G): 2.847 for 8, 3.258 for 12, 3.532 for 16. G >= 2."""
     x = torch.linspace(-12, 12, 48001, dtype=torch.float64)

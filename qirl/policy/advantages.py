@@ -58,16 +58,69 @@ def advantages(
     options: Advantage,
     noise: torch.Tensor | None = None,
     control: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantage float32 [N] and valid bool [N] of a table [N, K]; group int64 [N], weights [N, K].
 
-    noise: read noise of each component, [K]; one that varies less inside a group gives no signal there. control: a permutation of the samples inside their groups; the shuffled-reward experiment applies it.
+    noise: read noise of each component, [K]; one that varies less inside a group gives no signal there. control: a
+    permutation of the samples inside their groups; the shuffled-reward experiment applies it. scale: a factor on each
+    sample's advantage, [N].
     """
     shown = scores if control is None else scores[control]
     applies = shown != ABSENT
     return group_advantage(
-        shown, applies, group, weights, noise, floor=options.floor, clip=options.clip, convention=options.convention
+        shown, applies, group, weights, noise, options.floor, options.clip, options.convention, scale
     )
+
+
+def composite(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """float64 [N]: the weighted mean of the raw scores [N, K] that apply, never z-scored; NaN where one failed."""
+    applies = scores != ABSENT
+    total = (shares_of(applies, weights) * torch.where(scores.isnan() | ~applies, 0, scores)).sum(1)
+    return torch.where((applies & scores.isnan()).any(1), torch.nan, total)
+
+
+def shares_of(applies: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """float64 [N, K]: weights that sum to 1 over the components that apply to a sample."""
+    share = torch.where(applies, weights.double(), 0)
+    return share / share.sum(1, keepdim=True).clamp_min(1e-30)
+
+
+def z_scores(
+    scores: torch.Tensor, group: torch.Tensor, floor: float, noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [N, K]: every component normalised inside its group, as the advantage takes it; and valid bool [N]."""
+    applies, columns = scores != ABSENT, []
+    for k in range(scores.shape[1]):
+        alone = torch.zeros_like(scores)
+        alone[:, k] = 1.0
+        z, valid = group_advantage(scores, applies, group, alone, noise, floor=floor, clip=float("inf"))
+        columns.append(z.double())
+    return torch.stack(columns, 1), valid
+
+
+def contributions(
+    scores: torch.Tensor,
+    group: torch.Tensor,
+    weights: torch.Tensor,
+    floor: float,
+    noise: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 [N, K]: what each component adds to an advantage before it is clipped (per_reward); and valid bool [N]."""
+    z, valid = z_scores(scores, group, floor, noise)
+    factor = 1.0 if scale is None else scale.double()[:, None]
+    return factor * shares_of(scores != ABSENT, weights) * z, valid
+
+
+def variance_shares(parts: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """float64 [K]: cov(part_k, A) / var(A) inside groups, of the parts [n, K] of advantages A; NaN where A never varies."""
+    groups, place = group.unique(return_inverse=True)
+    size = parts.new_zeros(len(groups)).index_add_(0, place, parts.new_ones(len(place)))
+    mean = parts.new_zeros(len(groups), parts.shape[1]).index_add_(0, place, parts) / size[:, None]
+    centred = parts - mean[place]
+    total = centred.sum(1)
+    return (centred * total[:, None]).sum(0) / (total**2).sum()
 
 
 def shuffle_inside(group: torch.Tensor, step: int, seed: int) -> torch.Tensor:

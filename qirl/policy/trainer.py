@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qirl.config import TrainConfig
+from qirl.curation.calibration import Calibration, check_fit, load_calibration
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
@@ -23,7 +24,7 @@ from qirl.kernels.philox import Stream, stream
 from qirl.packing import Target, cut
 from qirl.parallel.data import agree, gather_rows, gathered, world_size
 from qirl.policy import monitor
-from qirl.policy.advantages import advantages, check_components, shuffle_inside, table, weights_of
+from qirl.policy.advantages import advantages, check_components, contributions, shuffle_inside, table, weights_of
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.packs import Layout, lay_out
 from qirl.policy.scoring import StepScores, write_scores
@@ -47,6 +48,7 @@ class Trainer:
     scorer: Scorer
     prompts: PromptSampler
     guided: bool
+    calibration: Calibration | None = None
 
     @property
     def components(self) -> list[str]:
@@ -119,10 +121,14 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     rewards = list(rewards) or world.rewards()
     if declared := declared_components(rewards):
         check_components(config.advantage, declared, sampler.categories)
+    calibration = None
+    if config.advantage.calibration is not None:
+        calibration = load_calibration(config.advantage.calibration)
+        check_fit(calibration, sampler.categories, declared)
     engine = Engine.open(config, world)
     if config.policy.kl and not engine.weights.lora:
         engine.weights.keep("reference")
-    trainer = Trainer(config, engine, world, rewards, Scorer(rewards, config.scoring), sampler, guided)
+    trainer = Trainer(config, engine, world, rewards, Scorer(rewards, config.scoring), sampler, guided, calibration)
     if trainer.old:
         engine.weights.keep("old")
     return trainer
@@ -251,10 +257,13 @@ def assign_advantages(trainer: Trainer, exp: Experience, scores, chosen, slots, 
     write_scores(trainer, everything, chosen, step)
     slot = ids // group
     categories = [chosen[s][0].category for s in slot.tolist()]
-    weights = torch.tensor([weights_of(config.advantage, c, components) for c in categories])
+    weights, scale = torch.tensor([weights_of(config.advantage, c, components) for c in categories]), None
+    if trainer.calibration:
+        trainer.calibration.check_unchanged(trainer.engine.notes)
+        weights, scale = trainer.calibration.tables(everything, categories, components)
     control = shuffle_inside(slot, step, config.run.seed) if config.advantage.shuffle else None
     noise = read_noise(trainer.rewards, components)
-    advantage, valid = advantages(everything, slot, weights, config.advantage, noise, control)
+    advantage, valid = advantages(everything, slot, weights, config.advantage, noise, control, scale)
     failed = float(everything.isnan().any(1).double().mean())
     if failed > config.advantage.max_failed:
         raise UserError(
@@ -263,7 +272,12 @@ def assign_advantages(trainer: Trainer, exp: Experience, scores, chosen, slots, 
         )
     exp.advantage, exp.valid = advantage[exp.ids], valid[exp.ids]
     exp.valid_by_slot = valid.view(-1, group).sum(1)
-    return monitor.reward_metrics(everything, components, categories, weights, slot, advantage, valid)
+    record = monitor.reward_metrics(everything, components, categories, weights, slot, advantage, valid)
+    if trainer.calibration:
+        shown = everything if control is None else everything[control]
+        parts = contributions(shown, slot, weights, config.advantage.floor, noise, scale)
+        record |= trainer.calibration.share_metrics(*parts, slot, categories, components)
+    return record
 
 
 def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -> dict:
