@@ -9,7 +9,8 @@ from qirl.data.digits import CATEGORIES, INKS, PAPERS, UNIFORMS, examples, glyph
 from qirl.errors import UserError
 from qirl.rewards import digits as rewards_module
 from qirl.rewards.digit_reader import DigitReader, train_reader
-from qirl.rewards.digits import DigitRewards, Judge, ink_quality
+from qirl.rewards.digits import DigitRewards, ink_quality
+from qirl.rewards.judge import JUDGE, Judge
 from qirl.rewards.protocol import Sample, score
 
 
@@ -126,8 +127,8 @@ def test_an_unwritable_cache_is_refused(tmp_path, monkeypatch):
 
 def test_reward_and_judge_share_neither_handwriting_nor_seed_nor_shape():
     for argument in ("part", "seed", "width", "kernel"):
-        assert rewards_module.REWARD[argument] != rewards_module.JUDGE[argument]
-    assert "generator" not in (rewards_module.REWARD["part"], rewards_module.JUDGE["part"])
+        assert rewards_module.REWARD[argument] != JUDGE[argument]
+    assert "generator" not in (rewards_module.REWARD["part"], JUDGE["part"])
 
 
 def test_the_right_digit_scores_above_a_wrong_one(reader):

@@ -108,13 +108,17 @@ class DigitsWorld:
     def rewards(self) -> list[Reward]:
         """The built-in rewards of self.task, trained on their own part of the data on first use and cached."""
         from qirl.rewards.digits import DigitRewards, reward_reader
+        from qirl.rewards.edits import EditRewards
+        from qirl.rewards.glyphs import reward_embedding
         from qirl.run.cache import folder
 
-        return [DigitRewards(reward_reader(folder()))]
+        reader = reward_reader(folder())
+        drawing = [DigitRewards(reader)] if self.task != "edit" else []
+        return drawing + ([EditRewards(reader, reward_embedding(folder()))] if self.task != "t2i" else [])
 
     def judge(self):
         """The held-out judge: another part of the data, another network. Training never asks for it."""
-        from qirl.rewards.digits import Judge, judge_reader
+        from qirl.rewards.judge import Judge, judge_reader
         from qirl.run.cache import folder
 
         return Judge(judge_reader(folder()))

@@ -44,7 +44,7 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
         result[table] = _table(values, clusters, [of(p) for p in prompts])
     result["judge_by_category"] = {c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items()}
     drawn = [s for s in samples if s.task == "t2i"]
-    if drawn:
+    if drawn and hasattr(judge, "attributes_correct"):
         specs = [parse(s.prompt) for s in drawn]
         result["judge_attributes"] = float(judge.attributes_correct(np.stack([s.image for s in drawn]), specs).mean())
     return result | {"pairs": len(samples)}

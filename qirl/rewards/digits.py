@@ -1,30 +1,24 @@
 """Rewards of the digits world: is it the right number, in the right colours, in clean ink?
 
-The reward's reader is trained on the "reward" part of the handwriting. `Judge` asks another reader, trained
-on the "judge" part with another shape and seed: it measures what training did and never takes part in it.
+The reader is trained on the "reward" part of the handwriting. Edits have rewards of their own (qirl.rewards.edits).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-
 from qirl.data import digits, words
 from qirl.data.digits import INKS, PAPERS, SIZE, DigitSpec, coverage, glyphs, parse
 from qirl.errors import UserError
 from qirl.rewards import digit_reader
 from qirl.rewards.digit_reader import DigitReader, train_reader
+from qirl.rewards.networks import trained_once
 from qirl.rewards.protocol import Sample, Scores
 
 REWARD = {"part": "reward", "seed": 1, "members": 3, "steps": 500, "width": 20, "kernel": 3}
-JUDGE = {"part": "judge", "seed": 2, "members": 2, "steps": 550, "width": 24, "kernel": 5}
 
 
 class DigitRewards:
@@ -35,6 +29,8 @@ class DigitRewards:
         products sink below the noise floor of the advantage, and it does not punish two digits twice.
     attribute: geometric mean of the probabilities of ink and paper; absent where the prompt names no colour.
     ink: `ink_quality`.
+
+    A sample with sources is an edit and has none of them.
     """
 
     components = ("digit", "attribute", "ink")
@@ -44,19 +40,24 @@ class DigitRewards:
 
     async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         """One dict a sample. Raises UserError for a prompt outside the grammar or another size of picture."""
-        if not samples:
-            return []
-        specs = [parse(sample.prompt) for sample in samples]
-        images = _stack([sample.image for sample in samples])
+        results: list[Scores] = [{} for _ in samples]
+        rows = [row for row, sample in enumerate(samples) if sample.task == "t2i"]
+        if not rows:
+            return results
+        specs = [parse(samples[row].prompt) for row in rows]
+        images = stack([samples[row].image for row in rows])
         answers = self.reader.read(images)
         qualities = ink_quality(images, specs)
-        return [
-            _scores(spec, {head: row[place] for head, row in answers.items()}, float(qualities[place]))
-            for place, spec in enumerate(specs)
-        ]
+        for place, (row, spec) in enumerate(zip(rows, specs, strict=True)):
+            answer = {head: column[place] for head, column in answers.items()}
+            results[row] = {"digit": digits_agree(spec, answer), "ink": float(qualities[place])}
+            if spec.category != "plain":
+                results[row]["attribute"] = geometric_mean(colours_agree(spec, answer))
+        return results
 
 
-def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+def stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [B, 16, 16, 3]. Raises UserError for pictures of another type or size."""
     for image in images:
         if image.dtype != np.uint8 or image.shape != (SIZE, SIZE, 3):
             raise UserError(f"the digit rewards read uint8 [{SIZE}, {SIZE}, 3] pictures, not {image.dtype} "
@@ -64,19 +65,22 @@ def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(images)
 
 
-def _scores(spec: DigitSpec, answer: dict[str, np.ndarray], quality: float) -> Scores:
+def digits_agree(spec: DigitSpec, answer: dict[str, np.ndarray]) -> float:
+    """Geometric mean of a reader's probabilities of the right count and of each right digit."""
     asked = [answer["count"][len(spec.digits) - 1], answer["first"][spec.digits[0]]]
     if len(spec.digits) == 2:
         asked.append(answer["second"][spec.digits[1]])
-    scores = {"digit": _geometric_mean(asked), "ink": quality}
-    if spec.category != "plain":
-        place = list(INKS).index(spec.ink), list(PAPERS).index(spec.paper)
-        scores["attribute"] = _geometric_mean([answer["ink"][place[0]], answer["paper"][place[1]]])
-    return scores
+    return geometric_mean(asked)
 
 
-def _geometric_mean(probabilities: Sequence[float]) -> float:
-    return float(np.clip(np.prod(probabilities, dtype=np.float64) ** (1 / len(probabilities)), 0, 1))
+def colours_agree(spec: DigitSpec, answer: dict[str, np.ndarray]) -> tuple[float, float]:
+    """A reader's probabilities of the right ink and of the right paper."""
+    return answer["ink"][list(INKS).index(spec.ink)], answer["paper"][list(PAPERS).index(spec.paper)]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of values in [0, 1]."""
+    return float(np.clip(np.prod(values, dtype=np.float64) ** (1 / len(values)), 0, 1))
 
 
 def ink_quality(images: np.ndarray, specs: Sequence[DigitSpec]) -> np.ndarray:
@@ -91,7 +95,8 @@ def ink_quality(images: np.ndarray, specs: Sequence[DigitSpec]) -> np.ndarray:
         for table, names in ((INKS, [spec.ink for spec in specs]), (PAPERS, [spec.paper for spec in specs]))
     )
     axis, pixels = inks - papers, images / 255 - papers
-    cover = np.clip((pixels * axis).sum(-1) / (axis**2).sum(-1), 0, 1)
+    # An edit of a user's picture may want ink and paper of one colour: nothing is then on the paper.
+    cover = np.clip((pixels * axis).sum(-1) / np.maximum((axis**2).sum(-1), 1e-6), 0, 1)
     off = np.sqrt(((pixels - cover[..., None] * axis) ** 2).sum(-1).mean((1, 2)))
     between = (4 * cover * (1 - cover)).sum((1, 2)) / (cover.sum((1, 2)) + 1)
     low, high = np.array([_ink_range(len(spec.digits)) for spec in specs]).reshape(-1, 2).T
@@ -121,59 +126,12 @@ def _speckle(cover: np.ndarray) -> np.ndarray:
     return (peaks + pits).mean((1, 2))
 
 
-class Judge:
-    """The held-out judge: says yes or no, and is asked by evaluation only."""
-
-    def __init__(self, reader: DigitReader):
-        self.reader = reader
-
-    def digits_correct(self, images: np.ndarray, specs: Sequence[DigitSpec]) -> np.ndarray:
-        """uint8 [B, 16, 16, 3] and what was asked for -> bool [B]: count and every digit are read right."""
-        count, first, second = self._read(images, specs, "count", "first", "second")
-        return np.array(
-            [
-                count[i] + 1 == len(spec.digits) and (first[i], second[i])[: count[i] + 1] == spec.digits
-                for i, spec in enumerate(specs)
-            ],
-            dtype=bool,
-        )
-
-    def attributes_correct(self, images: np.ndarray, specs: Sequence[DigitSpec]) -> np.ndarray:
-        """The same for the colours of ink and paper (white on black where the prompt names none)."""
-        ink, paper = self._read(images, specs, "ink", "paper")
-        inks, papers = list(INKS), list(PAPERS)
-        right = [inks[ink[i]] == spec.ink and papers[paper[i]] == spec.paper for i, spec in enumerate(specs)]
-        return np.array(right, dtype=bool)
-
-    def _read(self, images: np.ndarray, specs: Sequence[DigitSpec], *heads: str) -> list[list[int]]:
-        assert len(images) == len(specs), f"{len(images)} images for {len(specs)} specs"
-        answers = self.reader.read(images)
-        return [answers[head].argmax(-1).tolist() for head in heads]
-
-
 def reward_reader(cache_dir: str | Path) -> DigitReader:
-    """The reader behind `DigitRewards`: trained once (15 s on one core), then loaded from `cache_dir`."""
-    return _cached(cache_dir, REWARD)
+    """The reader behind the rewards: trained once (15 s on one core), then loaded from `cache_dir`."""
+    return reader(cache_dir, REWARD)
 
 
-def judge_reader(cache_dir: str | Path) -> DigitReader:
-    """The reader behind `Judge`: another part of the handwriting, seed and shape (12 s on one core)."""
-    return _cached(cache_dir, JUDGE)
-
-
-def _cached(cache_dir: str | Path, arguments: dict) -> DigitReader:
-    """The file's name holds a hash of the arguments and of the code that makes pictures and reader."""
-    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (digit_reader, digits, words)]
-    digest = hashlib.sha256(json.dumps([arguments, *sources]).encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"digit_reader_{arguments['part']}_{digest}.safetensors"
-    if path.exists():
-        return DigitReader.load(path)
-    reader = train_reader(**arguments)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        reader.save(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the digit reader to {path.parent} ({error}); choose a writable folder") from None
-    return reader
+def reader(cache_dir: str | Path, arguments: dict) -> DigitReader:
+    """The reader that train_reader(**arguments) makes, trained once."""
+    modules = (digit_reader, digits, words)
+    return trained_once(cache_dir, "digit_reader", arguments, modules, train_reader, DigitReader.load)

@@ -1,0 +1,141 @@
+"""Rewards and judge of edits: true edits score high; copies, redraws and wrong colours score low, each where it must."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from qirl.config import World
+from qirl.data import digits, edits
+from qirl.data.digits import INKS, PAPERS, bank, glyphs, paint
+from qirl.data.words import contrasting
+from qirl.data.world import DigitsWorld
+from qirl.errors import UserError
+from qirl.rewards.digits import reward_reader
+from qirl.rewards.edits import copies, wanted_specs
+from qirl.rewards.glyphs import plane, reward_embedding
+from qirl.rewards.protocol import Sample
+from qirl.rewards.scorer import score
+from qirl.run.cache import folder
+
+COUNT = 240
+
+
+@pytest.fixture(scope="module")
+def world() -> DigitsWorld:
+    return DigitsWorld(World(task="edit"))
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[Sample]:
+    """True edits, all categories."""
+    u = np.random.default_rng(5).random((COUNT, digits.UNIFORMS))
+    prompts, images = edits.examples(u)
+    return [
+        Sample(i, p.id, p.text, image, p.category, p.sources)
+        for i, (p, image) in enumerate(zip(prompts, images, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def scored(world, truth):
+    """What becomes of an edit, to the scores of all samples."""
+    made = {"true": truth, "copy": copied(truth), "redraw": redrawn(truth), "wrong colour": miscoloured(truth)}
+    return made, {name: score(world.rewards(), samples) for name, samples in made.items()}
+
+
+def copied(truth):
+    return [replace(s, image=s.sources[0]) for s in truth]
+
+
+def redrawn(truth):
+    """The right digits in the right colours, by other images."""
+    bank_, labels = bank("reward"), glyphs("reward")[1]
+    rng, out = np.random.default_rng(6), []
+    for s, spec in zip(truth, wanted_specs(reward_reader(folder()), truth), strict=True):
+        chosen = [rng.choice(np.flatnonzero(labels == digit)) for digit in spec.digits]
+        one = len(chosen) == 1
+        cover = bank_.single[chosen[0]] if one else np.concatenate([bank_.half[i] for i in chosen], axis=-1)
+        out.append(replace(s, image=paint(cover, np.array(INKS[spec.ink]), np.array(PAPERS[spec.paper]))))
+    return out
+
+
+def miscoloured(truth):
+    """The right glyph in an ink that was not asked for."""
+    out = []
+    for s, spec in zip(truth, wanted_specs(reward_reader(folder()), truth), strict=True):
+        other = next(ink for ink in INKS if ink != spec.ink and contrasting(ink, spec.paper))
+        image = paint(plane(s.image[None])[0], np.array(INKS[other]), np.array(PAPERS[spec.paper]))
+        out.append(replace(s, image=image))
+    return out
+
+
+def mean(scores, component: str, samples, category: str | None = None) -> float:
+    own = [row[component] for row, s in zip(scores, samples, strict=True) if category in (None, s.category)]
+    return float(np.mean(own))
+
+
+@pytest.mark.parametrize("category", edits.CATEGORIES)
+def test_true_edits_score_high_and_copies_fail_the_instruction(scored, category):
+    made, scores = scored
+    assert mean(scores["true"], "instruction", made["true"], category) > 0.9
+    assert mean(scores["true"], "identity", made["true"], category) > 0.9
+    assert mean(scores["copy"], "instruction", made["copy"], category) < 0.35
+
+
+def test_a_redrawn_digit_follows_the_instruction_and_loses_identity(scored):
+    made, scores = scored
+    assert mean(scores["redraw"], "instruction", made["redraw"]) > 0.85
+    assert mean(scores["redraw"], "identity", made["redraw"]) < 0.3
+
+
+def test_a_wrong_colour_keeps_identity_and_fails_the_instruction(scored):
+    made, scores = scored
+    assert mean(scores["wrong colour"], "identity", made["wrong colour"]) > 0.85
+    assert mean(scores["wrong colour"], "instruction", made["wrong colour"]) < 0.5
+
+
+def test_identity_rises_smoothly_from_another_glyph_to_the_same():
+    cover = bank("reward").single
+    labels = glyphs("reward")[1]
+    pairs = [np.flatnonzero(labels == digit)[:20] for digit in range(10)]
+    first = np.concatenate([p[:10] for p in pairs])
+    other = np.concatenate([p[10:] for p in pairs])
+    embedding = reward_embedding(folder())
+    steps = [(1 - share) * cover[other] + share * cover[first] for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    means = [float(embedding.identity(x.astype(np.float32), cover[first]).mean()) for x in steps]
+    assert means == sorted(means) and means[0] < 0.3 and 0.1 < means[2] < 0.95 and means[-1] > 0.9
+
+
+def test_the_judge_accepts_true_edits_and_neither_copies_nor_redraws_nor_wrong_colours(world, scored):
+    made, _ = scored
+    judge = world.judge()
+    share = {name: float(judge.correct(samples).mean()) for name, samples in made.items()}
+    assert share["true"] >= 0.95 and share["copy"] <= 0.02 and share["redraw"] <= 0.1 and share["wrong colour"] <= 0.05
+    smooth = {name: float(judge.score(samples).mean()) for name, samples in made.items()}
+    assert all(smooth["true"] > smooth[name] + 0.2 for name in ("copy", "redraw", "wrong colour"))
+
+
+def test_copies_are_counted(scored):
+    made, _ = scored
+    assert copies(made["copy"]).all() and not copies(made["true"]).any()
+
+
+def test_the_tasks_rewards_leave_each_others_samples_alone(truth):
+    both = DigitsWorld(World(task="mixed"))
+    drawn = replace(truth[0], prompt="a red 7", category="colour", sources=())
+    rows = score(both.rewards(), [truth[0], drawn])
+    assert set(rows[0]) == {"instruction", "identity", "ink"} and set(rows[1]) == {"digit", "attribute", "ink"}
+
+
+def test_pictures_of_another_size_are_refused(world, truth):
+    with pytest.raises(UserError, match="16"):
+        score(world.rewards(), [replace(truth[0], image=np.zeros((8, 8, 3), np.uint8))])
+
+
+def test_glyph_strokes_have_no_colour():
+    cover = bank("reward").single[:40]
+    white = paint(cover, np.array([255, 255, 255]), np.array([0, 0, 0]))
+    blue = paint(cover, np.array(INKS["blue"]), np.array(PAPERS["yellow"]))
+    assert np.abs(plane(white) - plane(blue)).mean() < 0.02
+    assert plane(np.zeros((1, 16, 16, 3), np.uint8)).max() == 0
