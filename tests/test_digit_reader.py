@@ -1,4 +1,3 @@
-import asyncio
 import math
 
 import numpy as np
@@ -11,7 +10,8 @@ from qirl.rewards import digits as rewards_module
 from qirl.rewards.digit_reader import DigitReader, train_reader
 from qirl.rewards.digits import DigitRewards, ink_quality
 from qirl.rewards.judge import JUDGE, Judge
-from qirl.rewards.protocol import Sample, score
+from qirl.rewards.protocol import Sample
+from qirl.rewards.scorer import score
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_every_score_is_in_range_for_any_picture(reader):
 
 
 def test_no_samples_give_no_scores(reader):
-    assert asyncio.run(DigitRewards(reader)([])) == []
+    assert DigitRewards(reader)([]) == []
 
 
 def test_a_prompt_without_digit_and_a_picture_of_another_size_are_refused(reader):

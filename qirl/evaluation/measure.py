@@ -15,7 +15,8 @@ from qirl.data.words import parse
 from qirl.evaluation.artifacts import periodic_peak
 from qirl.evaluation.diversity import in_group_diversity
 from qirl.evaluation.statistics import interval, mean_and_error
-from qirl.rewards.protocol import Sample, score
+from qirl.rewards.protocol import Sample
+from qirl.rewards.scorer import score
 
 LEADING = ("digit", "instruction")  # the reward components that ask for the same as the judge; the gap is to them
 APART = ("judge_accuracy", "diversity", "artifacts", "gap")  # beside the rewards
@@ -44,7 +45,7 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
         result[table] = _table(values, clusters, [of(p) for p in prompts])
     result["judge_by_category"] = {c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items()}
     drawn = [s for s in samples if s.task == "t2i"]
-    if drawn and hasattr(judge, "attributes_correct"):
+    if drawn:
         specs = [parse(s.prompt) for s in drawn]
         result["judge_attributes"] = float(judge.attributes_correct(np.stack([s.image for s in drawn]), specs).mean())
     return result | {"pairs": len(samples)}

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
 from qirl.data import digits, words
 from qirl.data.digits import INKS, PAPERS, SIZE, DigitSpec, coverage, glyphs, parse
 from qirl.errors import UserError
@@ -38,7 +39,7 @@ class DigitRewards:
     def __init__(self, reader: DigitReader):
         self.reader = reader
 
-    async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
+    def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         """One dict a sample. Raises UserError for a prompt outside the grammar or another size of picture."""
         results: list[Scores] = [{} for _ in samples]
         rows = [row for row, sample in enumerate(samples) if sample.task == "t2i"]

@@ -36,7 +36,7 @@ class EditRewards:
     def __init__(self, reader: DigitReader, embedding: GlyphEmbedding):
         self.reader, self.embedding = reader, embedding
 
-    async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
+    def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         """One dict a sample. Raises UserError for an instruction outside the grammar and for unfit sources."""
         results: list[Scores] = [{} for _ in samples]
         rows = [row for row, sample in enumerate(samples) if sample.task == "edit"]

@@ -76,9 +76,3 @@ def merge(rewards: Sequence[Reward], results: Sequence[Sequence[Scores]], count:
             scores.update({component: float(value) for component, value in row.items()})
     return merged
 
-
-def score(rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[Scores]:
-    """All samples at once; see qirl.rewards.scorer."""
-    from qirl.rewards.scorer import score as run
-
-    return run(rewards, samples)
