@@ -14,7 +14,7 @@ Source = str | Path | dict | configuration.Section | None
 
 
 def load_config(kind: str, source: Source = None, **overrides: Any) -> configuration.Section:
-    """The checked config of a run of `kind` ("pretrain", "train" or "evaluate").
+    """The checked config of a run of `kind` (a key of qirl.config.KINDS, such as "train").
 
     source: a YAML file or the name of a shipped one ("digits/t2i"), a dict, a config, or None for the defaults;
     overrides: `policy__group=16` or `**{"policy.group": 16}`. Raises UserError as `qirl.config.load` does.
@@ -49,11 +49,46 @@ def train(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, *
     return run(load_config("train", config, **overrides), rewards, quiet).folder.path / "model"
 
 
+def curate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
+    """Probes the candidate prompts and keeps those that teach; returns the prompt file. See `qirl curate`.
+
+    rewards: as for `train`. ledger.jsonl, beside the prompt file, has all scores and the reason of every decision.
+    """
+    from qirl.curation.curate import curate as run
+
+    return run(load_config("curate", config, **overrides), rewards, quiet)
+
+
+def calibrate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
+    """Reward weights and scale per category from a probe; returns calibration.json. See `qirl calibrate`.
+
+    rewards: as for `train`; a ledger of `curate` (calibrate.ledger) needs none.
+    """
+    from qirl.curation.calibrate import calibrate as run
+
+    return run(load_config("calibrate", config, **overrides), rewards, quiet)
+
+
+def distill(config: Source, quiet: bool = False, **overrides: Any) -> Path:
+    """Teaches one student from the config's teachers; returns its model folder. See `qirl distill`."""
+    from qirl.distill.trainer import distill as run
+
+    return run(load_config("distill", config, **overrides), quiet).folder.path / "model"
+
+
 def evaluate(config: Source, quiet: bool = False, **overrides: Any) -> dict:
-    """Scores a model on held-out prompts; returns {guidance: results}. See `qirl evaluate`."""
+    """Scores a model on held-out prompts; returns {guidance: results}. See `qirl evaluate`.
+
+    With evaluation.models: {"models": {name: {guidance: results}}, "arena": ratings or None}, see `compare`.
+    """
+    loaded = load_config("evaluate", config, **overrides)
+    if loaded.evaluation.models:
+        from qirl.evaluation.compare import compare
+
+        return compare(loaded, quiet)
     from qirl.evaluation.evaluate import evaluate as run
 
-    return run(load_config("evaluate", config, **overrides), quiet)
+    return run(loaded, quiet)
 
 
 def sample(model: str | Path, prompts: Sequence[str], **options: Any):

@@ -1,4 +1,4 @@
-"""The command line: `qirl quickstart | pretrain | train | evaluate | sample | report | export | options | doctor`.
+"""The command line: `qirl quickstart | pretrain | curate | calibrate | train | distill | evaluate | sample | report | ...`.
 
 What a user can mend is one line on standard error and exit code 2; other exceptions keep their traceback. Works the
 same under torchrun, where only rank 0 speaks. Nothing heavy is imported before a command needs it.
@@ -113,9 +113,27 @@ def pretrain(config: Config, overrides: Overrides = None, dry_run: DryRun = Fals
 
 
 @app.command(cls=WithOptions)
+def curate(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
+    """Keep the prompts whose images the rewards tell apart."""
+    _run("curate", config, overrides, dry_run, out)
+
+
+@app.command(cls=WithOptions)
+def calibrate(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
+    """Find reward weights per prompt category that give every reward its wanted share."""
+    _run("calibrate", config, overrides, dry_run, out)
+
+
+@app.command(cls=WithOptions)
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
     """Improve a model by reinforcement learning against rewards."""
     _run("train", config, overrides, dry_run, out)
+
+
+@app.command(cls=WithOptions)
+def distill(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
+    """Teach one student, which needs no guidance, from task teachers."""
+    _run("distill", config, overrides, dry_run, out)
 
 
 @app.command(cls=WithOptions)
@@ -144,9 +162,25 @@ def _run(kind: str, name: str, overrides: list[str] | None, dry_run: bool, out: 
             from qirl.tables import print_results
 
             print_results(result)
+        elif kind in ("curate", "calibrate"):
+            _say_probe(kind, result, config)
         elif kind != "evaluate":
             say(f"model: {result}\nnext:  qirl report {config.run.out}")
         _leave_group()
+
+
+def _say_probe(kind: str, result: Path, config) -> None:
+    """The table of a curation or a calibration, its file, and how training takes it."""
+    if not first():
+        return
+    from qirl.tables import print_calibration, print_curation
+
+    if kind == "curate":
+        print_curation(result.with_name("ledger.jsonl"))
+        say(f"prompts: {result}\nnext:  qirl train CONFIG world.prompts={result}")
+    else:
+        print_calibration(result)
+        say(f"calibration: {result}\nnext:  qirl train CONFIG advantage.calibration={result}")
 
 
 def _leave_group() -> None:
@@ -215,7 +249,7 @@ def export(
 
 @app.command()
 def options(
-    command: Annotated[str, typer.Argument(help="pretrain, train or evaluate")],
+    command: Annotated[str, typer.Argument(help="pretrain, curate, calibrate, train, distill or evaluate")],
     section: Annotated[str | None, typer.Argument(help="one section, such as policy or policy.nft")] = None,
 ) -> None:
     """List the options of a command's config: name, type, default, meaning."""

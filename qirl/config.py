@@ -273,7 +273,7 @@ class Distill(Section):
     weight: Literal["one", "step", "sde"] = option(
         "one", "weight of a node: 1, its time step |dt|, or what |dv|^2 weighs in the KL of its sde transition"
     )
-    anchor: float = option(0.0, "weight of the squared velocity distance to the frozen base, beside the teacher's", ge=0)
+    anchor: float = option(0.0, "weight of the squared velocity distance to the frozen base beside the teacher", ge=0)
     micro_tokens: int = option(16384, "tokens of one pack of the student", ge=1)
 
 

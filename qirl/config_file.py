@@ -69,18 +69,28 @@ def _value(text: str, kind: Any) -> Any:
 
 def _annotation(schema: Schema, path: list[str]) -> Any:
     """The type of the option at a dotted path, None where there is no such option."""
-    for place, name in enumerate(path):
+    names = list(path)
+    while names:
+        name = names.pop(0)
         if name not in schema.model_fields:
             return None
         found = schema.model_fields[name].annotation
-        if not _is_section(found):
-            return found if place == len(path) - 1 else None
+        if entry := _entry(found):  # the next part of the path names an entry
+            names, found = names[1:], entry
+        elif not _is_section(found):
+            return None if names else found
         schema = found
     return None
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _entry(annotation: Any) -> Schema | None:
+    """The section that every entry of a `dict[str, Section]` is, else None."""
+    args = get_args(annotation)
+    return args[1] if get_origin(annotation) is dict and _is_section(args[1]) else None
 
 
 def check_names(schema: Schema, values: dict, where: tuple[str, ...] = (), root: Schema | None = None) -> None:
@@ -97,6 +107,14 @@ def check_names(schema: Schema, values: dict, where: tuple[str, ...] = (), root:
             if not isinstance(value, dict):
                 raise UserError(f"'{'.'.join((*where, name))}' is a section; got {value!r}, write its options below it")
             check_names(inner, value, (*where, name), root)
+        elif (entry := _entry(inner)) and isinstance(value, dict):
+            for key, own in value.items():
+                if own is not None and not isinstance(own, (dict, entry)):
+                    full = ".".join((*where, name, str(key)))
+                    raise UserError(f"'{full}' is a section; got {own!r}, write its options below it")
+                value[key] = own = {} if own is None else own
+                if isinstance(own, dict):
+                    check_names(entry, own, (*where, name, str(key)), root)
 
 
 def _unknown(root: Schema, schema: Schema, where: tuple[str, ...], name: str) -> str:
@@ -137,13 +155,16 @@ def _hint(schema: Schema, where: list[str], error: Any) -> str:
     if error["type"] == "literal_error" and isinstance(given, str):
         known = get_args(_annotation(schema, where))
         return nearest(given, known) if difflib.get_close_matches(given, known, cutoff=0.5) else ""
-    for name in where:
+    names = list(where)
+    while names:
+        name = names.pop(0)
         if name not in schema.model_fields:
             return ""
         field = schema.model_fields[name]
-        if not _is_section(field.annotation):
+        entry = _entry(field.annotation)
+        if not _is_section(field.annotation) and not (entry and names):
             return f"; the default is {_shown(field.default)}"
-        schema = field.annotation
+        names, schema = (names[1:], entry) if entry else (names, field.annotation)
     return ""
 
 
@@ -160,6 +181,8 @@ def describe(schema: Schema) -> list[tuple[str, str, str, str]]:
         for name, field in schema.model_fields.items():
             if _is_section(field.annotation):
                 walk(field.annotation, (*where, name))
+            elif entry := _entry(field.annotation):
+                walk(entry, (*where, name, "NAME"))
             else:
                 kind_of = _type_name(field.annotation) + _limits(field.metadata)
                 rows.append((".".join((*where, name)), kind_of, _shown(field.default), field.description or ""))

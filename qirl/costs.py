@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from qirl.config import Section
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.packing import PackedBatch
 from qirl.policy.packs import Layout, Prefix
@@ -49,6 +51,24 @@ def forward_flops(c: QwenImage21Config, body: PackedBatch) -> Flops:
 
 def _pairs(body: PackedBatch) -> int:
     return sum(s.count * s.q_len * s.k_len for s in (*body.own, *body.past))
+
+
+def training_flops(config: Section, model: QwenImage21, forward: Flops, tokens: int) -> Flops:
+    """Forward and backward: 3 x forward. Frozen weights need no gradients of their own: 2 x, plus the adapters' 3 x."""
+    if not config.model.lora.rank:
+        return forward * 3
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return forward * 2 + Flops(3 * 2 * adapters * tokens)
+
+
+def describe_packs(bodies: Sequence[PackedBatch], prefix: int | None = None) -> dict[str, int]:
+    """The number of packs and the size of the largest; prefix: that of the seam, where each prompt's runs on its own."""
+    largest = max(bodies, key=lambda b: b.tokens)
+    own = largest.prefix_tokens if prefix is None else prefix
+    return {
+        "packs": len(bodies), "prefix": own, "targets": largest.target_tokens, "seam": int(prefix is not None),
+        "samples": len(largest.lengths), "tokens": sum(b.tokens for b in bodies) + (prefix or 0),
+    }  # fmt: skip
 
 
 def activation_bytes(model: QwenImage21, layout: Layout, body: PackedBatch) -> int:

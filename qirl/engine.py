@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from qirl.config import PretrainConfig, Section, TrainConfig, to_dict
+from qirl.config import DistillConfig, PretrainConfig, Section, TrainConfig, to_dict
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES
+from qirl.models.adapters import save_adapter
 from qirl.models.lora import add_lora, merged_state
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.models.weights import load_config, load_model, save_model
@@ -86,7 +87,7 @@ def initialise(model: QwenImage21, seed: int) -> None:
 class Engine:
     """One training run on this rank."""
 
-    config: PretrainConfig | TrainConfig
+    config: PretrainConfig | TrainConfig | DistillConfig
     ranks: Ranks
     folder: RunFolder
     model: QwenImage21
@@ -98,7 +99,7 @@ class Engine:
     notes: dict = field(default_factory=dict)  # JSON-able facts that a run learns and a checkpoint keeps
 
     @classmethod
-    def open(cls, config: PretrainConfig | TrainConfig, world) -> Engine:
+    def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, world) -> Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
         model_config(config, world)
         if config.run.threads:
@@ -180,13 +181,17 @@ class Engine:
         self.ranks.barrier()
 
     def export(self, facts: dict) -> Path:
-        """Writes model/ (a diffusers folder, adapters merged, averaged weights where the run keeps them)."""
+        """Writes model/ (a diffusers folder, adapters merged, averaged weights where the run keeps them) and, for a LoRA
+        run, adapter/ (the adapters alone, as peft reads them)."""
         target = self.folder.path / "model"
         with self.weights.using("ema" if "ema" in self.weights.copies else None):
             state = {k: _whole(v) for k, v in self.model.state_dict().items()}
         if self.ranks.first:
             lora = self.config.model.lora
             if lora.rank:
+                adapter = self.folder.path / "adapter"
+                save_adapter(state, lora, self.config.model.path, adapter)
+                write_json(adapter / WORLD_FILE, facts)
                 state = merged_state(state, lora.alpha / lora.rank)
             save_model(self.model.config, state, target)
             (target / WORLD_FILE).write_text(json.dumps(facts, indent=2) + "\n")

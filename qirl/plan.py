@@ -11,18 +11,32 @@ from collections.abc import Sequence
 import torch
 import yaml
 
-from qirl.config import EvaluateConfig, Flow, PretrainConfig, Section, TrainConfig, to_dict
-from qirl.costs import Flops, activation_bytes, forward_flops
+from qirl.config import (
+    CalibrateConfig,
+    CurateConfig,
+    DistillConfig,
+    EvaluateConfig,
+    Flow,
+    PretrainConfig,
+    Section,
+    TrainConfig,
+    to_dict,
+)
+from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, training_flops
+from qirl.curation.probe import batches, candidates
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
+from qirl.distill.costs import distillation
 from qirl.engine import DTYPES, find_model, model_config
 from qirl.flow.rollout import with_negatives
 from qirl.models.lora import add_lora
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weights import check_weights
-from qirl.packing import PackedBatch, Target, cut, pack
+from qirl.packing import Target, cut, pack
 from qirl.policy.packs import Layout, Pair, lay_out
+
+DRAWING = (EvaluateConfig, CurateConfig, CalibrateConfig)  # commands that train nothing
 
 
 def meta_model(config: Section, world: DigitsWorld) -> QwenImage21:
@@ -32,25 +46,31 @@ def meta_model(config: Section, world: DigitsWorld) -> QwenImage21:
     if config.model.path is not None:
         check_weights(model, find_model(config.model.path))
     lora = config.model.lora
-    if lora.rank and not isinstance(config, EvaluateConfig):
+    if lora.rank and not isinstance(config, DRAWING):
         with torch.device("meta"):
             add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
     return model
 
 
-def plan(config: PretrainConfig | TrainConfig | EvaluateConfig, world_size: int = 1) -> dict:
+def plan(config: Section, world_size: int = 1) -> dict:
     """{"config", "world_size", "parameters", "tokens", "flops", "memory"} of a run on `world_size` ranks.
 
-    tokens: one rank's packs of the first step. flops: of a step (evaluate: of the whole), all ranks together.
-    memory: bytes per rank. Raises UserError for a model that is missing or does not fit, and budgets too small.
+    tokens: one rank's packs of the first step. flops: of a step (evaluate, curate, calibrate: of the whole), all ranks together.
+    memory: bytes per rank; what is called "host ..." waits in host memory and is not in the total.
+    Raises UserError for a model that is missing or does not fit, and budgets too small.
     """
-    world_size = 1 if isinstance(config, EvaluateConfig) else world_size
+    if isinstance(config, EvaluateConfig) and config.evaluation.models:
+        return _plan_of_models(config)
+    world_size = 1 if isinstance(config, DRAWING) else world_size
     world = make_world(config.world)
     model = meta_model(config, world)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trainable = 0 if isinstance(config, EvaluateConfig) else trainable
-    work = {PretrainConfig: _pretrain, TrainConfig: _train, EvaluateConfig: _evaluate}[type(config)]
+    trainable = 0 if isinstance(config, DRAWING) else trainable
+    work = {
+        PretrainConfig: _pretrain, TrainConfig: _train, DistillConfig: distillation, EvaluateConfig: _evaluate,
+        CurateConfig: _probe, CalibrateConfig: _probe,
+    }[type(config)]  # fmt: skip
     tokens, flops, memory = work(config, world, model, world_size)
     memory = {**_weights_memory(config, total, trainable, world_size), **memory}
     return {
@@ -59,14 +79,26 @@ def plan(config: PretrainConfig | TrainConfig | EvaluateConfig, world_size: int 
         "parameters": {"total": total, "trainable": trainable},
         "tokens": tokens,
         "flops": {name: (count * world_size).as_dict() for name, count in flops.items()},
-        "memory": {**memory, "total": sum(memory.values())},
+        "memory": {**memory, "total": sum(size for name, size in memory.items() if not name.startswith("host"))},
     }
+
+
+def _plan_of_models(config: EvaluateConfig) -> dict:
+    """One evaluation after the other: parameters and memory of the largest model, tokens and flops of each."""
+    from qirl.evaluation.compare import config_of
+
+    plans = {name: plan(config_of(config, name)) for name in config.evaluation.models}
+    each = {
+        part: {f"{name}, {phase}": numbers for name, own in plans.items() for phase, numbers in own[part].items()}
+        for part in ("tokens", "flops")
+    }
+    return max(plans.values(), key=lambda own: own["memory"]["total"]) | each | {"config": to_dict(config)}
 
 
 def _weights_memory(config: Section, total: int, trainable: int, ranks: int) -> dict[str, int]:
     """Bytes of what stays all run long. Several ranks, or bfloat16 over float32: sharded, and gathered to compute."""
     size = DTYPES[config.model.dtype].itemsize
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, DRAWING):
         return {"weights": total * size}
     master = max(size, 4)
     share = lambda count: -(-count * master // ranks)  # noqa: E731
@@ -76,7 +108,7 @@ def _weights_memory(config: Section, total: int, trainable: int, ranks: int) -> 
     return parts | ({"gathered weights": total * size} if gathered else {})
 
 
-def _copies(config: PretrainConfig | TrainConfig) -> list[str]:
+def _copies(config: PretrainConfig | TrainConfig | DistillConfig) -> list[str]:
     names = ["ema"] if config.optimizer.ema else []
     if isinstance(config, TrainConfig):
         if config.policy.kl and not config.model.lora.rank:
@@ -84,14 +116,6 @@ def _copies(config: PretrainConfig | TrainConfig) -> list[str]:
         if config.policy.loss == "nft" and config.policy.nft.old_decay:
             names.append("old")
     return names
-
-
-def _training_flops(config: Section, model: QwenImage21, forward: Flops, tokens: int) -> Flops:
-    """Forward and backward: 3 x forward. Frozen weights need no gradients of their own: 2 x, plus the adapters' 3 x."""
-    if not config.model.lora.rank:
-        return forward * 3
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return forward * 2 + Flops(3 * 2 * adapters * tokens)
 
 
 def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
@@ -108,9 +132,9 @@ def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ra
     layout = Layout([conditions[i] for i in runs[0]], (), [], 0, seam=False)
     largest = max(bodies, key=lambda b: b.tokens)
     forward = sum((forward_flops(model.config, b) for b in bodies), Flops())
-    flops = {"update": _training_flops(config, model, forward, sum(b.tokens for b in bodies))}
+    flops = {"update": training_flops(config, model, forward, sum(b.tokens for b in bodies))}
     memory = {"activations": activation_bytes(model, layout, largest)}
-    return {"update": _describe(bodies)}, flops, memory
+    return {"update": describe_packs(bodies)}, flops, memory
 
 
 def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
@@ -132,7 +156,7 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     updates = policy.epochs * policy.minibatches
     again = policy.old == "recompute" or (policy.old == "auto" and updates > 1) or "old" in _copies(config)
     extra = int(again) + int(policy.kl > 0)  # old and reference velocities: forwards without gradient
-    update = _training_flops(config, model, forward, tokens) * policy.epochs + forward * extra
+    update = training_flops(config, model, forward, tokens) * policy.epochs + forward * extra
     place, largest = max(((m, b) for m, own in enumerate(bodies) for b in own), key=lambda found: found[1].tokens)
     memory = {
         "kept states": _kept_bytes(config, world, len(slots)),
@@ -140,7 +164,7 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     }
     everything = [b for own in bodies for b in own]
     prefix = layouts[place].prefix("cpu").tokens if layouts[place].seam else None
-    described = {"rollout": rolled, "update": _describe(everything, prefix)}
+    described = {"rollout": rolled, "update": describe_packs(everything, prefix)}
     described["update"] |= {"tokens": tokens, "pairs": policy.group * len(slots) * policy.timesteps.count, "updates": updates}
     return described, {"rollout": rollout, "update": update}, memory
 
@@ -191,7 +215,7 @@ def _rollout(model: QwenImage21, world: DigitsWorld, prompts, group: int, flow: 
         bodies.append(body)
         prefill = forward_flops(model.config, pack(everything, []))
         flops += prefill + forward_flops(model.config, body.without_prefix()) * flow.steps
-    return _describe(bodies), flops
+    return describe_packs(bodies), flops
 
 
 def _evaluate(config: EvaluateConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
@@ -206,21 +230,25 @@ def _evaluate(config: EvaluateConfig, world: DigitsWorld, model: QwenImage21, ra
     return tokens, flops, {}
 
 
-def _describe(bodies: Sequence[PackedBatch], prefix: int | None = None) -> dict[str, int]:
-    """The number of packs and the size of the largest; prefix: that of the seam, where each prompt's runs on its own."""
-    largest = max(bodies, key=lambda b: b.tokens)
-    own = largest.prefix_tokens if prefix is None else prefix
-    return {
-        "packs": len(bodies), "prefix": own, "targets": largest.target_tokens, "seam": int(prefix is not None),
-        "samples": len(largest.lengths), "tokens": sum(b.tokens for b in bodies) + (prefix or 0),
-    }  # fmt: skip
+def _probe(config: CurateConfig | CalibrateConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+    if isinstance(config, CalibrateConfig) and config.calibrate.ledger is not None:
+        return {}, {}, {}  # its images are drawn already
+    prompts, probe, flow = candidates(config, world), config.probe, config.flow
+    found = [
+        _rollout(model, world, [prompts[i] for i in run], probe.group, flow, flow.rollout_tokens)
+        for run in batches(config, world, len(prompts))
+    ]
+    numbers = [own for own, _ in found]
+    largest = max(numbers, key=lambda own: own["prefix"] + own["targets"])
+    tokens = largest | {name: sum(own[name] for own in numbers) for name in ("packs", "tokens")}
+    return {"probe": tokens}, {"probe": sum((flops for _, flops in found), Flops())}, {}
 
 
-def print_plan(config: PretrainConfig | TrainConfig | EvaluateConfig, world_size: int = 1) -> None:
+def print_plan(config: Section, world_size: int = 1) -> None:
     """The plan on standard output: the config as YAML, then one line a number."""
     found = plan(config, world_size)
     print(yaml.safe_dump(found["config"], sort_keys=False, default_flow_style=None, width=120))
-    per_step = "" if isinstance(config, EvaluateConfig) else ", per step"
+    per_step = "" if isinstance(config, DRAWING) else ", per step"
     rows = [("ranks", str(found["world_size"]))]
     rows += [(f"parameters, {name}", f"{count:,}") for name, count in found["parameters"].items()]
     for phase, numbers in found["tokens"].items():

@@ -16,25 +16,44 @@ from tiny_runs import BASE, PRETRAIN, merge
 from qirl import __version__, cli
 from qirl.config import describe
 
-COMMANDS = ["quickstart", "pretrain", "train", "evaluate", "sample", "report", "export", "options", "doctor"]
+COMMANDS = [
+    "quickstart",
+    "pretrain",
+    "curate",
+    "calibrate",
+    "train",
+    "distill",
+    "evaluate",
+    "sample",
+    "report",
+    "export",
+    "options",
+    "doctor",
+]
 KEYS = {
     "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads report tracker",
-    "world": "name prompts text_dim",
+    "world": "name task prompts text_dim",
     "model": "path dtype",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
     "model.lora": "rank alpha targets",
     "optimizer": "lr warmup decay betas eps weight_decay clip ema",
     "flow": "steps guidance rescale sampler level stochastic storage rollout_tokens base_shift max_shift base_tokens "
     "max_tokens terminal",
+    "guidance": "scope form",
     "policy": "loss prompts group",
     "policy.timesteps": "count power skip_last",
     "policy.nft": "beta x0_weighted old_decay old_ramp",
     "policy ": "clip_low clip_high kl kl_form old epochs minibatches micro_tokens",
-    "advantage": "convention weights category_weights floor clip max_failed shuffle",
+    "scoring": "workers timeout retries backoff",
+    "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
 }
 OTHERS = {
     "pretrain": "batch drop_condition logit_mean logit_std micro_tokens",
-    "evaluation": "guidance prompts group steps seed batch_tokens",
+    "evaluation": "models guidance prompts group steps seed batch_tokens",
+}
+DISTILL = {
+    "distill.teachers.NAME": "path task guidance rescale share",
+    "distill": "prompts group nodes power weight anchor micro_tokens",
 }
 
 
@@ -48,8 +67,11 @@ def test_the_commands_do_not_drift():
 
 def test_the_options_do_not_drift():
     assert [name for name, *_ in describe("train")] == names(KEYS)
-    shared = {k: v for k, v in KEYS.items() if k.split(".")[0].strip() not in ("policy", "advantage")}
+    shared = {
+        k: v for k, v in KEYS.items() if k.split(".")[0].strip() not in ("guidance", "policy", "scoring", "advantage")
+    }
     assert [n for n, *_ in describe("pretrain")] == names(shared | {"pretrain": OTHERS["pretrain"]})
+    assert [n for n, *_ in describe("distill")] == names(shared | DISTILL)
     shared = {k: v for k, v in shared.items() if k != "optimizer"}
     assert [n for n, *_ in describe("evaluate")] == names(shared | {"evaluation": OTHERS["evaluation"]})
 
@@ -72,7 +94,7 @@ def test_help_needs_no_torch_and_little_time():
 
 
 def test_help_of_a_command_shows_every_option_of_its_config():
-    for kind in ("pretrain", "train", "evaluate"):
+    for kind in ("pretrain", "train", "distill", "evaluate"):
         code, out, _ = qirl(kind, "--help")
         assert code == 0 and "--dry-run" in out
         assert [name for name, *_ in describe(kind) if f" {name} " not in out] == []

@@ -6,6 +6,7 @@ from qirl.errors import UserError
 from qirl.paths import configs, find_config
 
 RL = {"model": {"path": "base"}}
+DISTILL = {**RL, "distill": {"teachers": {"edit": {"path": "7", "task": "edit"}, "draw": {"path": "runs/t2i"}}}}
 
 
 def refusal(kind: str, source, *overrides: str) -> str:
@@ -89,6 +90,18 @@ def test_contradictions_of_the_other_commands():
     assert "such as [1, 4]" in refusal("evaluate", None, "evaluation.guidance=[-1]")
 
 
+def test_options_of_named_entries_are_checked_like_any_other():
+    config = load("distill", DISTILL, ["distill.teachers.7.path=2024", "distill.teachers.7.guidance=4e0"])
+    assert (config.distill.teachers["7"].path, config.distill.teachers["7"].guidance) == ("2024", 4.0)
+    assert config.world.task == "mixed"
+    line = refusal("distill", DISTILL, "distill.teachers.draw.giudance=4")
+    assert "unknown option 'distill.teachers.draw.giudance'; did you mean 'distill.teachers.draw.guidance'?" in line
+    assert "the default is 1.0" in refusal("distill", DISTILL, "distill.teachers.draw.guidance=true")
+    assert "did you mean 'edit'?" in refusal("distill", DISTILL, "distill.teachers.draw.task=edti")
+    assert "is a section; got 3" in refusal("distill", DISTILL, "distill.teachers.draw=3")
+    assert "distill.teachers.draw.path is missing" in refusal("distill", DISTILL, "distill.teachers.draw=null")
+
+
 def test_numbers_are_read_as_people_write_them(tmp_path):
     text = (
         "model: {path: base}\noptimizer: {lr: 1e-4, betas: [9e-1, 0.95]}\nrun: {steps: 2e1, seed: 18446744073709551615}"
@@ -148,7 +161,7 @@ def test_what_was_given_is_not_changed():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_resolved_config_reads_back_as_itself(kind, tmp_path):
-    config = load(kind, RL)
+    config = load(kind, DISTILL if kind == "distill" else RL)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load(kind, tmp_path / "c.yaml") == config
 
@@ -160,7 +173,7 @@ def test_every_option_is_described(kind):
         assert "typing" not in type_name and "<" not in type_name.replace("<=", "").replace("< ", ""), type_name
 
 
-@pytest.mark.parametrize("name", ["pretrain", "t2i", "evaluate"])
+@pytest.mark.parametrize("name", ["pretrain", "t2i", "distill", "evaluate"])
 def test_the_shipped_configs_are_valid(name):
     kind = {"t2i": "train"}.get(name, name)
     load(kind, find_config(f"digits/{name}"))

@@ -24,8 +24,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] =
         raise UserError(
             "LoRA needs peft; pip install 'qirl[lora]', or train all parameters (model.lora.rank=0)"
         ) from None
-    blocks = rf"transformer_blocks\.\d+\..*\.({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=blocks)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_pattern(targets))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -35,6 +34,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] =
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return model
+
+
+def target_pattern(targets: Sequence[str]) -> str:
+    """The regular expression of the modules called `targets` in the blocks, as peft reads it."""
+    return rf"transformer_blocks\.\d+\..*\.({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
 
 
 def _adapters(model: nn.Module):

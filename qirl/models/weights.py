@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -50,10 +51,15 @@ def load_weights(model: torch.nn.Module, folder: str | Path) -> None:
     """Copies the tensors of a diffusers folder into `model`, file by file."""
     check_weights(model, folder)
     wanted = model.state_dict()
+    for name, value in read_weights(folder):
+        with torch.no_grad():
+            wanted[name].copy_(value)
+
+
+def read_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a diffusers folder by name, one file in memory at a time."""
     for path in _weight_files(Path(folder)):
-        for name, value in _read(path).items():
-            with torch.no_grad():
-                wanted[name].copy_(value)
+        yield from _read(path).items()
 
 
 def check_weights(model: torch.nn.Module, folder: str | Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,19 @@ def shard(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype) -> torch.nn.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to sum
     return model
+
+
+def local_part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The part of `whole` that this rank holds of `parameter`: its rows where it is sharded, else all of it."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    part = DTensor.from_local(whole.to(parameter.device), parameter.device_mesh, [Replicate()], run_check=False)
+    return part.redistribute(placements=parameter.placements).to_local()
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """The tensor that this rank holds of `parameter`."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 @contextlib.contextmanager

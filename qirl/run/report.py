@@ -124,6 +124,10 @@ def _health(name: str, log: list[dict]) -> list[dict[str, Any]]:
         if line := _line(log, key):
             marks = {"marks": skipped} if key == "grad_norm" else {}
             found.append(_figure(f"{name}-{key}", title, [line], note, **options, **marks))
+    teachers = sorted({key for record in log for key in record if key.startswith("loss/")})
+    if len(teachers) > 1:
+        lines = [(key.removeprefix("loss/"), line) for key in teachers if (line := _line(log, key))]
+        found[1:1] = [_figure(f"{name}-loss-{teacher}", f"Loss, teacher {teacher}", [line]) for teacher, line in lines]
     if line := _ratio(log):
         found.insert(
             1,
