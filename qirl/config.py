@@ -206,6 +206,10 @@ class Policy(Section):
     loss: Literal["nft", "grpo", "guard"] = option("nft", "policy loss")
     prompts: int = option(8, "prompts (groups) per step, over all ranks", ge=1)
     group: int = option(12, "images per prompt", ge=1)
+    refill: int = option(
+        0, "rounds in which groups without signal (all advantages 0) are replaced by the next prompts; 0: they stay", ge=0,
+        le=100,
+    )  # fmt: skip
     timesteps: Timesteps = option(Timesteps(), "which nodes are trained")
     nft: Nft = option(Nft(), "options of loss nft")
     clip_low: float = option(

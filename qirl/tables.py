@@ -1,8 +1,11 @@
-"""Tables on the terminal: the options of a config, the results of an evaluation."""
+"""Tables on the terminal: the options of a config; the results of an evaluation, a curation or a calibration."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -38,14 +41,84 @@ def print_options(kind: str, section: str | None = None) -> None:
         console.print(table)
 
 
-def print_results(results: dict[str, dict]) -> None:
-    """The table of an evaluation, a row per guidance scale."""
-    names = list(next(iter(results.values()))["rewards"])
+def print_results(results: dict) -> None:
+    """What `qirl.evaluate` returned: a row per model and guidance scale, then the ratings where there was an arena."""
+    models = results["models"] if "models" in results else {"": results}
+    rewards = list(dict.fromkeys(name for own in models.values() for row in own.values() for name in row["rewards"]))
     table = Table(title="held-out prompts, fresh noise")
-    for column in ("guidance", "judge", *names, "gap", "diversity"):
-        table.add_column(column, justify="right")
-    for guidance, row in results.items():
-        rewards = [f"{row['rewards'][name]:.3f}" for name in names]
-        judge = f"{row['judge_accuracy']:.3f} ± {row['judge_accuracy_se']:.3f}"
-        table.add_row(guidance, judge, *rewards, f"{row['gap']:+.3f}", f"{row['diversity']:.3f}")
+    for column in (*(["model"] if "models" in results else []), "guidance", "judge", *rewards, "gap", "diversity", "artifacts"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, own in models.items():
+        for guidance, row in own.items():
+            judge = f"{row['judge_accuracy']:.3f} ± {_number(row['judge_accuracy_se'], '.3f') or '?'}"
+            numbers = [_number(row["rewards"].get(component), ".3f") for component in rewards]
+            numbers += [_number(row["gap"], "+.3f"), _number(row["diversity"], ".3f"), _number(row["artifacts"], ".1f")]
+            table.add_row(*([name] if "models" in results else []), guidance, judge, *numbers)
     Console().print(table)
+    if results.get("arena"):
+        _print_arena(results["arena"])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or value != value else format(value, form)
+
+
+def _print_arena(found: dict) -> None:
+    """Ratings, best first, and by how much each player is ahead of the next."""
+    table = Table(title=f"arena: {found['battles']} battles on {found['prompts']} prompts, {found['anchor']} fixed")
+    for column in ("model", "guidance", "rating", "95 %", "wins", "ties", "losses", "ahead of the next by", "95 %"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    names = sorted(found["elo"], key=lambda name: -found["elo"][name]["rating"])
+    for name, below in zip(names, [*names[1:], None], strict=True):
+        row = found["elo"][name]
+        counts = (row["wins"], row["ties"], row["games"] - row["wins"] - row["ties"])
+        ahead = ("", "") if below is None else _ahead(found["differences"], name, below)
+        own = "fixed" if name == found["anchor"] else f"{row['low']:.0f} to {row['high']:.0f}"
+        rating = f"{row['rating']:.0f}"
+        table.add_row(name, f"{found['guidance'][name]:g}", rating, own, *map(str, counts), *ahead)
+    Console().print(table)
+
+
+def _ahead(differences: dict, name: str, below: str) -> tuple[str, str]:
+    sign, pair = (1, f"{name} - {below}") if f"{name} - {below}" in differences else (-1, f"{below} - {name}")
+    low, high = sorted(sign * differences[pair][end] for end in ("low", "high"))
+    return f"{sign * differences[pair]['value']:.0f}", f"{low:.0f} to {high:.0f}"
+
+
+def print_curation(ledger: str | Path) -> None:
+    """The decisions of a curated ledger: prompts kept and dropped by category and reason, and the median range."""
+    from qirl.curation.curate import REASONS
+    from qirl.curation.ledger import Ledger
+
+    _, rows = Ledger(ledger).read()
+    table = Table(title=f"{len(rows)} prompts")
+    for column in ("category", "kept", *REASONS, "median range", "mean"):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for name in [*sorted({row["category"] for row in rows}), None]:
+        own = [row for row in rows if name in (None, row["category"])]
+        count = Counter(row["reason"] for row in own)
+        scored = [row for row in own if row["range"] is not None]
+        middle = sorted(row["range"] for row in scored)[len(scored) // 2] if scored else None
+        mean = sum(row["mean"] for row in scored) / len(scored) if scored else None
+        numbers = (count[None], *(count[reason] for reason in REASONS))
+        table.add_row(name or "all", *map(str, numbers), _number(middle, ".3f"), _number(mean, ".3f"))
+    Console().print(table)
+
+
+def print_calibration(path: str | Path) -> None:
+    """The weights of a calibration, a row per category and component."""
+    found = json.loads(Path(path).read_text())
+    table = Table(title=f"{found['method']} weights")
+    columns = ("wanted", "target", "weight", "realised", "reliability", "active")
+    for column in ("category", "groups", "scale", "component", *columns):
+        table.add_column(column, justify="left" if column in ("category", "component") else "right")
+    for category, own in found["categories"].items():
+        head = (category, str(own["groups"]), f"{own['scale']:.3f}")
+        for component, row in own["components"].items():
+            table.add_row(*head, component, *(_number(row[name], ".3f") for name in columns))
+            head = ("", "", "")
+    console = Console()
+    console.print(table)
+    for category, own in found["categories"].items():
+        for note in own["notes"]:
+            console.print(f"{category}: {note}", markup=False)

@@ -40,7 +40,7 @@ KEYS = {
     "flow": "steps guidance rescale sampler level stochastic storage rollout_tokens base_shift max_shift base_tokens "
     "max_tokens terminal",
     "guidance": "scope form",
-    "policy": "loss prompts group",
+    "policy": "loss prompts group refill",
     "policy.timesteps": "count power skip_last",
     "policy.nft": "beta x0_weighted old_decay old_ramp",
     "policy ": "clip_low clip_high kl kl_form old epochs minibatches micro_tokens",

@@ -103,19 +103,25 @@ def luck(samples):
     return [{"luck": s.id * 37 % 11 / 10} for s in samples]
 
 
-REWARDS = {"colours": colours, "patchy": patchy, "luck": luck}
+def moody(samples):
+    """No signal for two prompts of every three."""
+    return [{"red": 0.5 if s.prompt_id % 3 else row["red"]} for s, row in zip(samples, colours(samples), strict=True)]
+
+
+REWARDS = {"colours": colours, "patchy": patchy, "luck": luck, "moody": moody}
 
 
 def experience(trainer, step=0):
     """A rollout with its advantages: (experience, chosen prompts, slots)."""
     from qirl.policy import trainer as training
-    from qirl.policy.scoring import StepScores
+    from qirl.policy.scoring import StepScores, gather_scores
 
     chosen = trainer.prompts.step(step, trainer.config.policy.prompts)
     scoring = StepScores(trainer, chosen, step)
     exp, slots = training.sample(trainer, chosen, step, scoring.submit)
     scores, _, _ = scoring.collect(exp.ids)
-    training.assign_advantages(trainer, exp, scores, chosen, slots, step)
+    everything = gather_scores(trainer, exp.ids, scores, chosen, step)
+    training.assign_advantages(trainer, exp, everything, chosen, step)
     return exp, chosen, slots
 
 

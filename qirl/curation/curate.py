@@ -24,8 +24,16 @@ from qirl.curation.probe import Probe, collect, open_probe
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.kernels.reward_range import expected_range, reward_range
-from qirl.policy.advantages import ABSENT, check_components, composite, shares_of, table, weights_of
-from qirl.policy.trainer import declared_components, read_noise
+from qirl.policy.advantages import (
+    ABSENT,
+    check_components,
+    composite,
+    declared_components,
+    read_noise,
+    shares_of,
+    table,
+    weights_of,
+)
 from qirl.rewards.protocol import Reward
 from qirl.run.folder import write_bytes
 

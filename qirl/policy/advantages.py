@@ -10,7 +10,7 @@ from qirl.config import Advantage
 from qirl.errors import UserError, nearest
 from qirl.kernels.group_advantage import group_advantage
 from qirl.kernels.philox import DATA, stream, uniform
-from qirl.rewards.protocol import Scores
+from qirl.rewards.protocol import Reward, Scores
 
 ABSENT = -1.0  # in a gathered table: the component does not apply; scores are in [0, 1], NaN is a failure
 
@@ -43,6 +43,30 @@ def check_categories(options: Advantage, components: Sequence[str], categories: 
     for category in categories:
         if not any(weights_of(options, category, components)):
             raise UserError(f"every weight of category '{category}' is 0; give at least one component a weight")
+
+
+def read_noise(rewards: Sequence[Reward], components: Sequence[str]) -> torch.Tensor:
+    """float64 [K]: how much each component's reading varies by itself, from the rewards' `read_noise` dicts; else 0."""
+    known = {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
+    return torch.tensor([known.get(c, 0.0) for c in components], dtype=torch.float64)
+
+
+def declared_components(rewards: Sequence[Reward]) -> list[str]:
+    """What the rewards say they return (an attribute `components`), empty if one of them does not say."""
+    said = [getattr(reward, "components", None) for reward in rewards]
+    return [] if None in said else [name for own in said for name in own]
+
+
+def weigh(
+    trainer, scores: torch.Tensor, categories: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Weights [N, K], scale [N] (None: 1) and read noise [K] of scores [N, K], by the calibration where there is one."""
+    noise = read_noise(trainer.rewards, trainer.components)
+    if trainer.calibration is None:
+        options, components = trainer.config.advantage, trainer.components
+        return torch.tensor([weights_of(options, c, components) for c in categories]), None, noise
+    trainer.calibration.check_unchanged(trainer.engine.notes)
+    return *trainer.calibration.tables(scores, categories, trainer.components), noise
 
 
 def weights_of(options: Advantage, category: str, components: Sequence[str]) -> list[float]:

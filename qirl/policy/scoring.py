@@ -10,7 +10,8 @@ import torch
 
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
-from qirl.policy.advantages import ABSENT, check_categories, unknown_weights
+from qirl.parallel.data import gather_rows
+from qirl.policy.advantages import ABSENT, check_categories, table, unknown_weights
 from qirl.rewards.protocol import Sample, Scores
 
 
@@ -51,13 +52,37 @@ class StepScores:
 
 def sample_number(trainer, step: int, index: int) -> int:
     """The id of a sample, unique in the run."""
-    return step * trainer.config.policy.prompts * trainer.config.policy.group + index
+    policy = trainer.config.policy
+    return step * policy.prompts * (1 + policy.refill) * policy.group + index
 
 
-def write_scores(trainer, everything: torch.Tensor, chosen, step: int) -> None:
+def gather_scores(
+    trainer, ids: torch.Tensor, scores: Sequence[Scores], chosen, step: int, rows: int | None = None
+) -> torch.Tensor:
+    """Raw scores of all ranks' samples, float64 [N, K], sorted by id; written to scores.jsonl before they are used.
+
+    ids: of this rank's samples. rows: how many each rank gives, where it is not the same everywhere.
+    Raises UserError where more samples failed than advantage.max_failed.
+    """
+    own = table(scores, trainer.components).reshape(len(ids), len(trainer.components))
+    missing = max(0, (rows or 0) - len(ids))
+    padded = torch.cat([ids, ids.new_full((missing,), -1)])
+    ids, everything = gather_rows(padded, torch.cat([own, own.new_zeros(missing, own.shape[1])]), trainer.engine.ranks)
+    ids, everything = ids[ids >= 0], everything[ids >= 0]
+    write_scores(trainer, ids, everything, chosen, step)
+    failed, limit = float(everything.isnan().any(1).double().mean()), trainer.config.advantage.max_failed
+    if failed > limit:
+        raise UserError(
+            f"step {step + 1}: {failed:.0%} of the samples could not be scored, more than advantage.max_failed="
+            f"{limit:.0%}; mend the reward, then start the same command again"
+        )
+    return everything
+
+
+def write_scores(trainer, ids: torch.Tensor, everything: torch.Tensor, chosen, step: int) -> None:
     """All raw scores of the step into scores.jsonl, before they are used."""
     records = []
-    for index, row in enumerate(everything.tolist()):
+    for index, row in zip(ids.tolist(), everything.tolist(), strict=True):
         slot, which = divmod(index, trainer.config.policy.group)
         prompt = chosen[slot][0]
         scores = {c: v for c, v in zip(trainer.components, row, strict=True) if v != ABSENT}

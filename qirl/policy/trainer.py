@@ -24,10 +24,18 @@ from qirl.kernels.philox import Stream, stream
 from qirl.packing import Target, cut
 from qirl.parallel.data import agree, gather_rows, gathered, world_size
 from qirl.policy import monitor
-from qirl.policy.advantages import advantages, check_components, contributions, shuffle_inside, table, weights_of
+from qirl.policy.advantages import (
+    advantages,
+    check_components,
+    contributions,
+    declared_components,
+    shuffle_inside,
+    weigh,
+)
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.packs import Layout, lay_out
-from qirl.policy.scoring import StepScores, write_scores
+from qirl.policy.refill import Drawn, refill
+from qirl.policy.scoring import StepScores, gather_scores
 from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
 from qirl.rewards.protocol import Reward
 from qirl.rewards.scorer import Scorer
@@ -134,18 +142,6 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     return trainer
 
 
-def read_noise(rewards: Sequence[Reward], components: Sequence[str]) -> torch.Tensor:
-    """float64 [K]: how much each component's reading varies by itself, from the rewards' `read_noise` dicts; else 0."""
-    known = {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
-    return torch.tensor([known.get(c, 0.0) for c in components], dtype=torch.float64)
-
-
-def declared_components(rewards: Sequence[Reward]) -> list[str]:
-    """What the rewards say they return (an attribute `components`), empty if one of them does not say."""
-    said = [getattr(reward, "components", None) for reward in rewards]
-    return [] if None in said else [name for own in said for name in own]
-
-
 def check_noise_counters(section: str, prompts: int, group: int, sampler: PromptSampler) -> None:
     """Raises UserError if a prompt comes so often in one step that its samples' noise counters would wrap."""
     places = -(-prompts // len(sampler.categories))
@@ -166,8 +162,12 @@ def train_step(trainer: Trainer, step: int) -> dict:
     exp, slots = sample(trainer, chosen, step, scoring.submit)
     clock.append(time.monotonic())
     scores, images, record = scoring.collect(exp.ids)
-    record |= assign_advantages(trainer, exp, scores, chosen, slots, step)
-    monitor.write_group(trainer, step + 1, images, scores, exp, chosen, slots)
+    drawn = Drawn(chosen, slots, exp, scores, images, gather_scores(trainer, exp.ids, scores, chosen, step))
+    if config.policy.refill:
+        record |= refill(trainer, drawn, step, sample)
+    exp = drawn.exp
+    record |= assign_advantages(trainer, exp, drawn.table, drawn.chosen, step)
+    monitor.write_group(trainer, step + 1, drawn.images, drawn.scores, exp, drawn.chosen, slots)
     clock.append(time.monotonic())
     record |= update(trainer, exp, slots, step)
     clock.append(time.monotonic())
@@ -181,14 +181,15 @@ def train_step(trainer: Trainer, step: int) -> dict:
 
 
 def sample(
-    trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int, done=None
+    trainer: Trainer, chosen: Sequence[tuple[Prompt, int]], step: int, done=None, slots: list[int] | None = None
 ) -> tuple[Experience, list[int]]:
     """Draws this rank's groups. Returns them without advantages, and the slots of `chosen` they belong to.
 
-    done(ids, latents) is called for every micro-group of samples as soon as it is finished.
+    done(ids, latents) is called for every micro-group of samples as soon as it is finished. slots: draw these; on every
+    rank at least one.
     """
     config, engine, world = trainer.config, trainer.engine, trainer.world
-    slots = list(range(engine.ranks.rank, len(chosen), engine.ranks.world))
+    slots = slots or list(range(engine.ranks.rank, len(chosen), engine.ranks.world))
     group, device = config.policy.group, engine.ranks.device
     prompts = [chosen[slot][0] for slot in slots]
     targets = [Target(i, world.height, world.width) for i in range(len(slots)) for _ in range(group)]
@@ -249,29 +250,17 @@ def _roll(trainer: Trainer, prompts, targets, draws: Stream, nodes, flow, run: l
     return rollout(trainer.engine.model, conditions, own, rows, flow, own_nodes, negatives)
 
 
-def assign_advantages(trainer: Trainer, exp: Experience, scores, chosen, slots, step: int) -> dict:
-    """Gathers all ranks' raw scores once, by integer id, and fills exp.advantage and exp.valid; returns metrics."""
+def assign_advantages(trainer: Trainer, exp: Experience, everything: torch.Tensor, chosen, step: int) -> dict:
+    """Fills exp.advantage and exp.valid from all ranks' raw scores [prompts * group, K]; returns metrics."""
     config, group = trainer.config, trainer.config.policy.group
-    components = trainer.components
-    ids, everything = gather_rows(exp.ids, table(scores, components), trainer.engine.ranks)
-    write_scores(trainer, everything, chosen, step)
-    slot = ids // group
+    slot = torch.arange(len(everything)) // group
     categories = [chosen[s][0].category for s in slot.tolist()]
-    weights, scale = torch.tensor([weights_of(config.advantage, c, components) for c in categories]), None
-    if trainer.calibration:
-        trainer.calibration.check_unchanged(trainer.engine.notes)
-        weights, scale = trainer.calibration.tables(everything, categories, components)
+    weights, scale, noise = weigh(trainer, everything, categories)
     control = shuffle_inside(slot, step, config.run.seed) if config.advantage.shuffle else None
-    noise = read_noise(trainer.rewards, components)
     advantage, valid = advantages(everything, slot, weights, config.advantage, noise, control, scale)
-    failed = float(everything.isnan().any(1).double().mean())
-    if failed > config.advantage.max_failed:
-        raise UserError(
-            f"step {step + 1}: {failed:.0%} of the samples could not be scored, more than advantage.max_failed="
-            f"{config.advantage.max_failed:.0%}; mend the reward, then start the same command again"
-        )
     exp.advantage, exp.valid = advantage[exp.ids], valid[exp.ids]
     exp.valid_by_slot = valid.view(-1, group).sum(1)
+    components = trainer.components
     record = monitor.reward_metrics(everything, components, categories, weights, slot, advantage, valid)
     if trainer.calibration:
         shown = everything if control is None else everything[control]
