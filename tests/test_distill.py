@@ -63,8 +63,11 @@ def assert_close(got, expected, limit):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("parts", [{}, SDE, {"distill": {"nodes": 1}}, {"distill": {"micro_tokens": 300}}])
-@pytest.mark.parametrize("options", [{}, EDIT], ids=["t2i", "edit"])
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [({}, {}), (EDIT, SDE), (EDIT, {"distill": {"nodes": 1}}), ({}, {"distill": {"micro_tokens": 300}})],
+    ids=["t2i", "sde edit", "one node", "packs"],
+)
 def test_a_teacher_that_is_the_student_costs_exactly_nothing_at_any_node(prepare, dtype, parts, options):
     own, lesson, student = prepare(options, parts, {"model": {"dtype": dtype}})
     stats, grads = run(own, lesson, student, student)
