@@ -31,7 +31,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache, QwenImage21Transformer2DModel
 
 from qirl import config as configuration
-from qirl.config import Flow
+from qirl.config_sections import Flow
 from qirl.data.world import make_world
 from qirl.engine import WORLD_FILE, initialise, model_config
 from qirl.flow.grid import sigmas

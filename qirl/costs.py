@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qirl.config import Section
+from qirl.config_sections import Section
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.packing import PackedBatch
 from qirl.policy.packs import Layout, Prefix

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from qirl.config import DistillConfig, PretrainConfig, Section, TrainConfig, to_dict
+from qirl.config import DistillConfig, PretrainConfig, TrainConfig, to_dict
+from qirl.config_sections import Section
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch.distributed.tensor import DTensor
 
-from qirl.config import Optimizer as Options
+from qirl.config_sections import Optimizer as Options
 from qirl.run.checkpoint import adam_tensors
 
 

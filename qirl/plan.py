@@ -16,12 +16,11 @@ from qirl.config import (
     CurateConfig,
     DistillConfig,
     EvaluateConfig,
-    Flow,
     PretrainConfig,
-    Section,
     TrainConfig,
     to_dict,
 )
+from qirl.config_sections import Flow, Section
 from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, training_flops
 from qirl.curation.probe import batches, candidates
 from qirl.data.prompts import Prompt

@@ -104,7 +104,7 @@ class _Stage:
 
 def train_readers(quiet: bool) -> None:
     """The reward's and the judge's reader, each on its own part of the data."""
-    from qirl.config import World
+    from qirl.config_sections import World
     from qirl.data.world import make_world
 
     world = make_world(World())

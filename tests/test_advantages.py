@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from qirl.config import Advantage
+from qirl.config_sections import Advantage
 from qirl.errors import UserError
 from qirl.kernels.calibrated_weights import calibrated_weights
 from qirl.kernels.group_advantage import CONVENTIONS, group_advantage

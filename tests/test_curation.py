@@ -18,7 +18,8 @@ import yaml
 from cli_runs import qirl, refused
 from tiny_runs import SDE, TEXT_DIM, colours, luck, merge, train_config
 
-from qirl.config import Advantage, Curate, load
+from qirl.config import load
+from qirl.config_sections import Advantage, Curate
 from qirl.curation import probe as probing
 from qirl.curation.curate import curate, decide
 from qirl.curation.ledger import Ledger
@@ -314,6 +315,7 @@ def test_other_decisions_need_no_new_images(tmp_path, tiny_model):
 
 
 def test_nothing_kept_names_the_numbers_and_the_fix(tmp_path, tiny_model):
+    curate(curate_config(tmp_path, tiny_model), [colours], quiet=True)  # its prompt file must not outlive the decisions
     with pytest.raises(UserError) as error:
         curate(curate_config(tmp_path, tiny_model, {"curate": {"tau": 0.5}}), [colours], quiet=True)
     _, rows = Ledger(tmp_path / "run/ledger.jsonl").read()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qirl.config import World
+from qirl.config_sections import World
 from qirl.data import digits, edits
 from qirl.data.digits import INKS, PAPERS, bank, glyphs, paint
 from qirl.data.words import contrasting
@@ -139,3 +139,20 @@ def test_glyph_strokes_have_no_colour():
     blue = paint(cover, np.array(INKS["blue"]), np.array(PAPERS["yellow"]))
     assert np.abs(plane(white) - plane(blue)).mean() < 0.02
     assert plane(np.zeros((1, 16, 16, 3), np.uint8)).max() == 0
+
+
+def test_training_reports_the_share_of_edits_that_return_their_source(opened):
+    from qirl.policy import trainer as training
+
+    def lazy(samples):
+        return [{"kept": float(copies([s])[0])} for s in samples]
+
+    edit = opened({"world": {"task": "edit"}}, reward=lazy)
+    decode = edit.world.decode
+    assert training.train_step(edit, 0)["copies"] == 0
+    sources = [p.sources[0] for p, _ in edit.prompts.step(1, 4)]
+    edit.world.decode = lambda latents: np.stack(
+        [sources[i // 3] if i < 3 else image for i, image in enumerate(decode(latents))]
+    )
+    assert training.train_step(edit, 1)["copies"] == pytest.approx(3 / 12)
+    assert "copies" not in training.train_step(opened(reward=lambda s: [{"one": 0.5} for _ in s]), 0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qirl.config import World
+from qirl.config_sections import World
 from qirl.data import digits, edits
 from qirl.data.edits import EditSpec, parse_instruction, picture_of, wanted
 from qirl.data.prompts import FIRST_EDIT, Prompt

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qirl.config import Flow
+from qirl.config_sections import Flow
 from qirl.errors import UserError
 from qirl.flow.grid import sigmas
 from qirl.flow.rollout import rollout

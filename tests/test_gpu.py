@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from qirl.config import Flow
+from qirl.config_sections import Flow
 from qirl.flow.rollout import rollout
 from qirl.kernels import philox
 from qirl.models.attention import CudaFlash, Dense, packed_attention

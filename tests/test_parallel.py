@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import BASE, PRETRAIN, SDE, merge
 
-from qirl.config import World
+from qirl.config_sections import World
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import make_world
 

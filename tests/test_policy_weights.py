@@ -12,7 +12,7 @@ import torch
 from diffusers import QwenImage21Transformer2DModel
 from tiny_runs import SDE, colours, experience, pretrain_config, train_config
 
-from qirl.config import Timesteps
+from qirl.config_sections import Timesteps
 from qirl.data.prompts import Prompt
 from qirl.engine import Stop
 from qirl.errors import UserError

@@ -78,7 +78,7 @@ def test_evaluation_prompts_are_balanced_and_repeats_draw_new_noise():
 
 
 def test_perfect_pictures_score_perfectly_and_blank_ones_do_not():
-    from qirl.config import World
+    from qirl.config_sections import World
     from qirl.data.world import make_world
 
     world = make_world(World())
@@ -100,7 +100,7 @@ def test_perfect_pictures_score_perfectly_and_blank_ones_do_not():
 
 def test_two_models_are_compared_on_the_same_noise(finished):
     """The draw depends on seed, prompt and sample only; the same model gives the same picture in any company."""
-    from qirl.config import Flow, World
+    from qirl.config_sections import Flow, World
     from qirl.data.world import make_world
     from qirl.models.weights import load_model
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import colours, train_config
 
-from qirl.config import Scoring
+from qirl.config_sections import Scoring
 from qirl.errors import UserError
 from qirl.policy import trainer as training
 from qirl.rewards.protocol import Sample

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from qirl.config import Calibrate, CalibrateConfig
+from qirl.config import CalibrateConfig
+from qirl.config_sections import Calibrate
 from qirl.curation.calibration import NAME, VERSION
 from qirl.curation.ledger import DRAWN, Ledger, check_header
 from qirl.curation.ledger import NAME as LEDGER

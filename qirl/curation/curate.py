@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from qirl.config import Advantage, Curate, CurateConfig, to_dict
+from qirl.config import CurateConfig, to_dict
+from qirl.config_sections import Advantage, Curate
 from qirl.curation.ledger import RAW
 from qirl.curation.probe import Probe, collect, open_probe
 from qirl.data.prompts import Prompt
@@ -56,6 +57,7 @@ def curate(config: CurateConfig, rewards: Sequence[Reward] = (), quiet: bool = F
         rows = decide(rows, config.curate, config.advantage, header["read_noise"])
         plain = to_dict(config)
         weights = {name: plain["advantage"][name] for name in ("weights", "category_weights")}
+        path.unlink(missing_ok=True)  # of earlier decisions
         ledger.replace(header | {"curate": plain["curate"], **weights}, rows)
         check_some_kept(rows, config.curate, ledger.path)
         kept = {row["id"] for row in rows if row["decision"] == "keep"}

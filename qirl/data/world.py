@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from qirl.config import World
+from qirl.config_sections import World
 from qirl.data import digits, edits
 from qirl.data.prompts import Prompt, load_prompts
 from qirl.data.words import WordVectors, parse

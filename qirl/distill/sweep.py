@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qirl.config import Distill, Flow
+from qirl.config_sections import Distill, Flow
 from qirl.errors import UserError
 from qirl.flow.rollout import mode_table, step_at, with_negatives
 from qirl.kernels.flow_step import ODE, SDE, Step, flow_step, mean_std

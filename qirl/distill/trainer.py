@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qirl.config import DistillConfig, Timesteps
+from qirl.config import DistillConfig
+from qirl.config_sections import Timesteps
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
 from qirl.distill import samples

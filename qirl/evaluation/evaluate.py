@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qirl.config import EvaluateConfig, Flow, World, to_dict
+from qirl.config import EvaluateConfig, to_dict
+from qirl.config_sections import Flow, World
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.data.words import parse

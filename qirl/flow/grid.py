@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from qirl.config import Flow
+from qirl.config_sections import Flow
 
 
 def sigmas(tokens: int, flow: Flow) -> np.ndarray:

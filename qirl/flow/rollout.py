@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qirl.config import Flow
+from qirl.config_sections import Flow
 from qirl.errors import UserError
 from qirl.flow.grid import sigmas
 from qirl.kernels.flow_step import MODES, ODE, Step, flow_step

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qirl.config import Advantage
+from qirl.config_sections import Advantage
 from qirl.errors import UserError, nearest
 from qirl.kernels.group_advantage import group_advantage
 from qirl.kernels.philox import DATA, stream, uniform

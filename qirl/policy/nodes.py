@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qirl.config import Timesteps
+from qirl.config_sections import Timesteps
 from qirl.kernels.philox import NODES, Stream, uniform
 
 

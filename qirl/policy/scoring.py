@@ -12,6 +12,7 @@ from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.parallel.data import gather_rows
 from qirl.policy.advantages import ABSENT, check_categories, table, unknown_weights
+from qirl.rewards.edits import copies
 from qirl.rewards.protocol import Sample, Scores
 
 
@@ -24,6 +25,7 @@ class StepScores:
     def __init__(self, trainer, chosen: Sequence[tuple[Prompt, int]], step: int):
         self.trainer, self.chosen, self.step = trainer, chosen, step
         self.order: list[int] = []
+        self.edits = self.copies = 0
         self.images: dict[int, np.ndarray] = {}
 
     def submit(self, ids: Sequence[int], latents: Sequence[torch.Tensor]) -> None:
@@ -35,6 +37,8 @@ class StepScores:
             samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources))
             self.images[index] = image
         self.order += ids
+        self.edits += sum(sample.task == "edit" for sample in samples)
+        self.copies += int(copies(samples).sum())
         self.trainer.scorer.submit(samples)
 
     def collect(self, ids: torch.Tensor) -> tuple[list[Scores], list[np.ndarray], dict[str, float]]:
@@ -45,7 +49,9 @@ class StepScores:
             if self.trainer.engine.ranks.world == 1:
                 raise
             scores, record = error, {}
-        agree_on_scores(self.trainer, scores)
+        edited, copied = agree_on_scores(self.trainer, scores, (self.edits, self.copies))
+        if edited:  # an edit that returns its source keeps identity the laziest way
+            record["copies"] = copied / edited
         place = {index: i for i, index in enumerate(self.order)}
         return [scores[place[i]] for i in ids.tolist()], [self.images[i] for i in ids.tolist()], record
 
@@ -94,19 +100,20 @@ def write_scores(trainer, ids: torch.Tensor, everything: torch.Tensor, chosen, s
         trainer.engine.scores.append(records)
 
 
-def agree_on_scores(trainer, scores: list[Scores] | UserError) -> None:
+def agree_on_scores(trainer, scores: list[Scores] | UserError, counts: tuple[int, ...] = ()) -> list[int]:
     """Adds what any rank's rewards returned for the first time: a component may apply to later prompts only.
 
-    Raises the UserError of any rank on all of them.
+    Returns `counts` summed over the ranks. Raises the UserError of any rank on all of them.
     """
     failed = str(scores) if isinstance(scores, UserError) else None
     names = set(trainer.components) | ({name for own in scores for name in own} if failed is None else set())
     if trainer.engine.ranks.world > 1:
         parts = [None] * trainer.engine.ranks.world
-        torch.distributed.all_gather_object(parts, (sorted(names), failed))
-        if errors := [error for _, error in parts if error]:
+        torch.distributed.all_gather_object(parts, (sorted(names), failed, counts))
+        if errors := [error for _, error, _ in parts if error]:
             raise UserError(errors[0])
-        names = {name for part, _ in parts for name in part}
+        names = {name for part, _, _ in parts for name in part}
+        counts = [sum(own) for own in zip(*(part[2] for part in parts), strict=True)]
     if not names:
         raise UserError("no reward returned a component for any sample; a reward returns {component: score} per sample")
     if names != set(trainer.components):
@@ -115,3 +122,4 @@ def agree_on_scores(trainer, scores: list[Scores] | UserError) -> None:
             warnings.warn(f"no reward has returned {', '.join(unknown)} so far: those weights do nothing", stacklevel=2)
         check_categories(options, sorted(names), trainer.prompts.categories)
         trainer.engine.notes["components"] = sorted(names)
+    return list(counts)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from qirl.config import Scoring
+from qirl.config_sections import Scoring
 from qirl.errors import UserError
 from qirl.rewards.protocol import Reward, Sample, Scores, check, merge, name_of
 

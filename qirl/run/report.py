@@ -30,6 +30,7 @@ _HEALTH = (
     ("In-group range", "range", "of the composite reward, mean over groups", {"span": 0.1}),
     ("Valid pairs", "valid_pairs", "(sample, node) pairs in an update", {"span": 2}),
     ("Groups without signal", "zero_signal_groups", "all samples scored alike", {"span": 2}),
+    ("Copies", "copies", "share of edits that return their source", {"span": 0.1}),
     ("Dropped samples", "dropped_samples", "scoring failed", {"span": 2}),
     ("Learning rate", "lr", "", {}),
 )
