@@ -277,7 +277,7 @@ def program(folder, model, out, pause=0.0):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_probe_goes_on_and_two_ranks_write_the_same_ledger(tmp_path, tiny_model, number):
+def test_a_killed_probe_goes_on_alone_or_on_two_ranks_to_the_same_ledger(tmp_path, tiny_model, number):
     curate_config(tmp_path, tiny_model)
     script = program(tmp_path, tiny_model, tmp_path / "killed", pause=0.4)
     process = subprocess.Popen([sys.executable, *script])
@@ -287,14 +287,18 @@ def test_a_killed_probe_goes_on_and_two_ranks_write_the_same_ledger(tmp_path, ti
     process.send_signal(number)
     assert process.wait(60) == (-9 if number == signal.SIGKILL else 143)
     assert 3 <= ledger.read_bytes().count(b"\n") < 6
-    subprocess.run([sys.executable, *script], check=True, timeout=60)
+
+    slow = lambda samples: colours(samples)  # noqa: E731
+    slow.__name__ = "slow"
+    outs = {
+        name: curate_config(tmp_path, tiny_model, {"run": {"out": str(tmp_path / name)}}) for name in ("killed", "one")
+    }
     if number == signal.SIGKILL:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        subprocess.run([*torchrun, *program(tmp_path, tiny_model, tmp_path / "one")], check=True, timeout=120)
+        subprocess.run([*torchrun, *script], check=True, timeout=120)
     else:
-        slow = lambda samples: colours(samples)  # noqa: E731
-        slow.__name__ = "slow"
-        curate(curate_config(tmp_path, tiny_model, {"run": {"out": str(tmp_path / "one")}}), [slow], quiet=True)
+        curate(outs["killed"], [slow], quiet=True)
+    curate(outs["one"], [slow], quiet=True)
     killed, one = files(tmp_path / "killed"), files(tmp_path / "one")
     one["config.yaml"] = one["config.yaml"].replace(b"/one", b"/killed")
     assert killed == one
