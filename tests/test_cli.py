@@ -50,7 +50,12 @@ KEYS = {
 OTHERS = {
     "pretrain": "batch drop_condition logit_mean logit_std micro_tokens",
     "evaluation": "models guidance prompts group steps seed batch_tokens",
+    "arena": "battles anchor rating resamples guidance",
 }
+PROBE = {"probe": "group prompts", "probe.timesteps": KEYS["policy.timesteps"], "scoring": KEYS["scoring"]}
+PROBE |= {"advantage": KEYS["advantage"]}
+CURATE = {"curate": "tau saturated balance"}
+CALIBRATE = {"calibrate": "method shares category_shares ledger only_kept"}
 DISTILL = {
     "distill.teachers.NAME": "path task guidance rescale share",
     "distill": "prompts group nodes power weight anchor micro_tokens",
@@ -73,7 +78,11 @@ def test_the_options_do_not_drift():
     assert [n for n, *_ in describe("pretrain")] == names(shared | {"pretrain": OTHERS["pretrain"]})
     assert [n for n, *_ in describe("distill")] == names(shared | DISTILL)
     shared = {k: v for k, v in shared.items() if k != "optimizer"}
-    assert [n for n, *_ in describe("evaluate")] == names(shared | {"evaluation": OTHERS["evaluation"]})
+    assert [n for n, *_ in describe("evaluate")] == names(
+        shared | {name: OTHERS[name] for name in ("evaluation", "arena")}
+    )
+    assert [n for n, *_ in describe("curate")] == names(shared | PROBE | CURATE)
+    assert [n for n, *_ in describe("calibrate")] == names(shared | PROBE | CALIBRATE)
 
 
 def test_help_needs_no_torch_and_little_time():
