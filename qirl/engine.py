@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from qirl.policy.weights import Weights
 from qirl.run import checkpoint
 from qirl.run.folder import RunFolder, write_json
 from qirl.run.logs import JsonLines
+from qirl.run.progress import Live
 from qirl.run.trackers import Trackers
 
 WORLD_FILE = "qirl.json"
@@ -154,6 +156,37 @@ class Engine:
         self.trackers = Trackers(names, self.folder.path, to_dict(self.config), step)
         self.ranks.barrier()
         return step
+
+    def run(
+        self,
+        name: str,
+        train_step: Callable[[int], dict],
+        shown: Callable[[dict], dict],
+        write_samples: Callable[[int], None] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """Runs (or continues) the steps: metrics, sample grids, checkpoints, and SIGTERM, which ends on a checkpoint.
+
+        train_step(step) returns the record of step + 1; shown(record) is what the progress line says of it. Raises
+        SystemExit 143 after a SIGTERM.
+        """
+        run, done = self.config.run, self.resume()
+        every = run.samples_every if write_samples else 0
+        with Stop() as stop, Live(name, run.steps, done, show=self.ranks.first and not quiet) as live:
+            if every and done == 0:
+                write_samples(0)
+            for step in range(done, run.steps):
+                record = train_step(step)
+                self.log(record)
+                live.update(step + 1, shown(record))
+                last = step + 1 == run.steps
+                if every and ((step + 1) % every == 0 or last):
+                    write_samples(step + 1)
+                stopping = stop.agreed(self.ranks)
+                if (step + 1) % run.checkpoint_every == 0 or last or stopping:
+                    self.save(step + 1)
+                if stopping and not last:
+                    raise SystemExit(143)
 
     def update(self, step: int) -> tuple[float, bool]:
         """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped)."""

@@ -14,13 +14,12 @@ import torch
 from qirl.config import PretrainConfig
 from qirl.data.digits import UNIFORMS
 from qirl.data.world import DigitsWorld, make_world
-from qirl.engine import Engine, Stop
+from qirl.engine import Engine
 from qirl.errors import UserError
 from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
 from qirl.kernels.velocity_match import velocity_match
 from qirl.packing import Target, cut, pack
 from qirl.parallel.data import agree, world_size
-from qirl.run.progress import Live
 
 
 def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
@@ -40,18 +39,12 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
             f"set it to {need} or more"
         )
     engine = Engine.open(config, world)
-    run = config.run
-    done = engine.resume()
-    with Stop() as stop, Live("pretrain", run.steps, done, show=engine.ranks.first and not quiet) as live:
-        for step in range(done, run.steps):
-            record = train_step(engine, world, step)
-            engine.log(record)
-            live.update(step + 1, {"loss": record["loss"], "images/s": record["images_per_second"]})
-            stopping = stop.agreed(engine.ranks)
-            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps or stopping:
-                engine.save(step + 1)
-            if stopping and step + 1 < run.steps:
-                raise SystemExit(143)
+    engine.run(
+        "pretrain",
+        lambda step: train_step(engine, world, step),
+        lambda record: {"loss": record["loss"], "images/s": record["images_per_second"]},
+        quiet=quiet,
+    )
     engine.finish(
         {"world": world.name, "text_dim": world.text_dim, "unconditional": config.pretrain.drop_condition > 0}
     )

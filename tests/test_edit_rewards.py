@@ -1,9 +1,11 @@
 """Rewards and judge of edits: true edits score high; copies, redraws and wrong colours score low, each where it must."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_runs
 
 from qirl.config_sections import World
 from qirl.data import digits, edits
@@ -70,6 +72,18 @@ def miscoloured(truth):
     return out
 
 
+def true_edits_of_held_out_prompts() -> list[Sample]:
+    """What the held-out prompts want, painted from the strokes of their sources."""
+    prompts, tasks = edits.prompts("held_out"), [task for own in edits._world().values() for task in own[:40]]
+    samples = []
+    for prompt, (edit, specs, _) in zip(prompts, tasks, strict=True):
+        spec, cover = edits.wanted(edit, specs), plane(prompt.sources[0][None])[0]
+        cover = np.roll(cover, 8, axis=1) if edit.operation == "swap" else cover
+        image = paint(cover, np.array(INKS[spec.ink]), np.array(PAPERS[spec.paper]))
+        samples.append(Sample(prompt.id, prompt.id, prompt.text, image, prompt.category, prompt.sources))
+    return samples
+
+
 def mean(scores, component: str, samples, category: str | None = None) -> float:
     own = [row[component] for row, s in zip(scores, samples, strict=True) if category in (None, s.category)]
     return float(np.mean(own))
@@ -111,6 +125,8 @@ def test_the_judge_accepts_true_edits_and_neither_copies_nor_redraws_nor_wrong_c
     made, _ = scored
     judge = world.judge()
     share = {name: float(judge.correct(samples).mean()) for name, samples in made.items()}
+    held_out = judge.correct(true_edits_of_held_out_prompts())
+    assert held_out.mean() >= 0.95
     assert share["true"] >= 0.95 and share["copy"] <= 0.02 and share["redraw"] <= 0.1 and share["wrong colour"] <= 0.05
     smooth = {name: float(judge.score(samples).mean()) for name, samples in made.items()}
     assert all(smooth["true"] > smooth[name] + 0.2 for name in ("copy", "redraw", "wrong colour"))
@@ -156,3 +172,42 @@ def test_training_reports_the_share_of_edits_that_return_their_source(opened):
     )
     assert training.train_step(edit, 1)["copies"] == pytest.approx(3 / 12)
     assert "copies" not in training.train_step(opened(reward=lambda s: [{"one": 0.5} for _ in s]), 0)
+
+
+def test_the_judge_reads_both_tasks_in_one_batch_as_in_two(world, truth):
+    judge, image = world.judge(), paint(bank("judge").single[0], np.array(INKS["red"]), np.array(PAPERS["black"]))
+    digit = glyphs("judge")[1][0]
+    right, wrong = (replace(truth[0], prompt=f"a red {d}", category="colour", image=image, sources=())
+                    for d in (digit, (digit + 1) % 10))  # fmt: skip
+    assert judge.correct([truth[0], right, truth[1], wrong]).tolist() == [
+        *judge.correct(truth[:1]), True, *judge.correct(truth[1:2]), False
+    ]  # fmt: skip
+    scores = judge.score([truth[0], right, wrong])
+    np.testing.assert_allclose(scores[0], judge.score(truth[:1])[0], atol=1e-5)
+    assert scores[1] > 0.8 and scores[2] < 0.6
+    assert len(judge.correct([])) == len(judge.score([])) == 0
+
+
+def test_one_redrawn_glyph_of_two_is_seen_by_reward_and_judge(world, truth):
+    swaps = [s for s in truth if s.category == "swap"]
+    images = [
+        np.concatenate([s.image[:, :8], t.image[:, 8:]], axis=1) for s, t in zip(swaps, redrawn(swaps), strict=True)
+    ]
+    half = [replace(s, image=image) for s, image in zip(swaps, images, strict=True)]
+    assert 0.4 < mean(score(world.rewards(), half), "identity", half) < 0.7
+    assert world.judge().correct(half).mean() < 0.1
+
+
+def test_the_base_learns_both_tasks_and_rl_scores_edits_by_the_worlds_own_rewards(tmp_path, tiny_model):
+    from qirl.policy import trainer as training
+    from qirl.pretraining import pretrain
+
+    engine = pretrain(tiny_runs.pretrain_config(tmp_path / "base", {"world": {"task": "mixed"}}), quiet=True)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == engine.config.run.steps and np.isfinite(losses).all()
+    for task, components in (("edit", 3), ("mixed", 5)):
+        options = {"world": {"task": task}, "policy": {"prompts": 8}}
+        trainer = training.open_trainer(tiny_runs.train_config(tmp_path / task, tiny_model, options), ())
+        with trainer.scorer:
+            record = training.train_step(trainer, 0)
+        assert np.isfinite(record["loss"]) and len(trainer.components) == components

@@ -20,7 +20,7 @@ from qirl.distill import samples
 from qirl.distill.schedule import teacher_of, turn_of
 from qirl.distill.sweep import STATS, Guide, Lesson, cut_samples, sweep
 from qirl.distill.teachers import Base, Teachers, find_base, find_sources
-from qirl.engine import Engine, Stop, find_model, world_facts
+from qirl.engine import Engine, find_model, world_facts
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES, grids
 from qirl.kernels.philox import stream
@@ -28,7 +28,6 @@ from qirl.packing import Target
 from qirl.parallel.data import Ranks, agree, world_size
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.trainer import check_noise_counters
-from qirl.run.progress import Live
 
 
 @dataclass
@@ -49,23 +48,15 @@ def distill(config: DistillConfig, quiet: bool = False) -> Engine:
     Raises UserError for a config, teacher or folder that does not fit; SystemExit 143 after a SIGTERM, on a checkpoint.
     """
     distiller = open_distiller(config)
-    engine, run = distiller.engine, config.run
-    done = engine.resume()
-    with Stop() as stop, Live("distill", run.steps, done, show=engine.ranks.first and not quiet) as live:
-        if done == 0:
-            samples.write(distiller, 0)
-        for step in range(done, run.steps):
-            record = distill_step(distiller, step)
-            engine.log(record)
-            shown = {k: v for k, v in record.items() if k.startswith("loss/")}
-            live.update(step + 1, {**shown, "images/s": record["images_per_second"]})
-            if run.samples_every and ((step + 1) % run.samples_every == 0 or step + 1 == run.steps):
-                samples.write(distiller, step + 1)
-            stopping = stop.agreed(engine.ranks)
-            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps or stopping:
-                engine.save(step + 1)
-            if stopping and step + 1 < run.steps:
-                raise SystemExit(143)
+    engine = distiller.engine
+
+    def shown(record: dict) -> dict:
+        losses = {k: v for k, v in record.items() if k.startswith("loss/")}
+        return losses | {"images/s": record["images_per_second"]}
+
+    engine.run(
+        "distill", lambda step: distill_step(distiller, step), shown, lambda step: samples.write(distiller, step), quiet
+    )
     world = distiller.world
     knows = world_facts(find_model(config.model.path)).get("unconditional", True)
     engine.finish({"world": world.name, "text_dim": world.text_dim, "unconditional": knows})

@@ -19,6 +19,8 @@ from qirl.evaluation.measure import judge_score
 from qirl.run.cache import content_key
 from qirl.run.folder import check_writable, write_json
 
+MARGIN = 0.05  # of the judge's score, 0 to 1: two pictures that it is about as sure of are a tie
+
 
 def compare(config: EvaluateConfig, quiet: bool = False) -> dict:
     """{"models": {name: {guidance: results}}, "arena": None or `arena`'s ratings and the "guidance" of each player}.
@@ -81,7 +83,7 @@ def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], quiet: bool
 
 def _battles(config: EvaluateConfig, exam: Exam, shown: dict[str, np.ndarray]) -> dict:
     options = config.arena
-    battles = play(shown, [p for p, _ in exam.prompts], pairwise_from_scores(judge_score(exam.judge)))
+    battles = play(shown, [p for p, _ in exam.prompts], pairwise_from_scores(judge_score(exam.judge), MARGIN))
     anchor = options.anchor if options.anchor is not None else next(iter(shown))
     found = arena(battles, anchor, options.rating, options.resamples, config.evaluation.seed)
     return found | {"guidance": {name: scale_of(config, name) for name in shown}}

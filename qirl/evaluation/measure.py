@@ -26,7 +26,8 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
     """The results of one guidance scale; images uint8 [P, G, H, W, 3], G images of each prompt (which may come again).
 
     {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error, "rewards",
-    "rewards_se": {component: ...}, "judge_by_category", "judge_attributes", "pairs": images,
+    "rewards_se": {component: ...}, "judge_by_category", "judge_attributes" (ink
+    and paper of text-to-image, where the judge reads them), "pairs": images,
     "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}}}
     gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
     """
@@ -45,7 +46,7 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
         result[table] = _table(values, clusters, [of(p) for p in prompts])
     result["judge_by_category"] = {c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items()}
     drawn = [s for s in samples if s.task == "t2i"]
-    if drawn:
+    if drawn and hasattr(judge, "attributes_correct"):
         specs = [parse(s.prompt) for s in drawn]
         result["judge_attributes"] = float(judge.attributes_correct(np.stack([s.image for s in drawn]), specs).mean())
     return result | {"pairs": len(samples)}
@@ -59,20 +60,14 @@ def samples_of(prompt: Prompt, images: np.ndarray, place: int = 0) -> list[Sampl
 
 def judge_score(judge) -> Callable[[Sequence[Sample]], np.ndarray]:
     """What the judge gives battles to compare: its finer `score` where it has one, else right or wrong."""
-    return getattr(judge, "score", None) or (lambda samples: verdicts(judge, samples))
-
-
-def verdicts(judge, samples):
-    if hasattr(judge, "correct"):
-        return judge.correct(samples)
-    return judge.digits_correct(np.stack([s.image for s in samples]), [parse(s.prompt) for s in samples])
+    return getattr(judge, "score", judge.correct)
 
 
 def _values(images: np.ndarray, samples: Sequence[Sample], rewards, judge) -> dict[str, np.ndarray]:
     """Per number that is reported, its mean over each prompt's images [P]; NaN where it does not apply or failed."""
     shape = images.shape[:2]
     scores = score(rewards, samples)
-    correct = np.asarray(verdicts(judge, samples), dtype=float).reshape(shape).mean(1)
+    correct = np.asarray(judge.correct(samples), dtype=float).reshape(shape).mean(1)
     components = sorted({name for own in scores for name in own})
     read = {name: _means(np.array([s.get(name, np.nan) for s in scores]).reshape(shape)) for name in components}
     leading = np.full(len(images), np.nan)

@@ -17,7 +17,7 @@ from qirl.curation.calibration import Calibration, check_fit, load_calibration
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
-from qirl.engine import Engine, Stop, find_model, world_facts
+from qirl.engine import Engine, find_model, world_facts
 from qirl.errors import UserError
 from qirl.flow.rollout import Rollout, grids, rollout
 from qirl.kernels.philox import Stream, stream
@@ -39,7 +39,6 @@ from qirl.policy.scoring import StepScores, gather_scores
 from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
 from qirl.rewards.protocol import Reward
 from qirl.rewards.scorer import Scorer
-from qirl.run.progress import Live
 
 # per optimizer step, its layouts and their batches
 Parts = list[list[tuple[Layout, list[Batch]]]]
@@ -76,25 +75,17 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
     folder that does not fit, and where too many samples fail; SystemExit 143 after a SIGTERM, on a checkpoint.
     """
     trainer = open_trainer(config, rewards)
-    engine, run = trainer.engine, config.run
-    done = engine.resume()
-    with Stop() as stop, trainer.scorer, Live("train", run.steps, done, show=engine.ranks.first and not quiet) as live:
-        if done == 0:
-            monitor.write_samples(trainer, 0)
-        for step in range(done, run.steps):
-            record = train_step(trainer, step)
-            engine.log(record)
-            shown = {
-                k.removeprefix("reward/"): v for k, v in record.items() if k.count("/") == 1 and k.startswith("reward/")
-            }
-            live.update(step + 1, {"loss": record["loss"], **shown, "s/step": record["time/step"]})
-            if run.samples_every and ((step + 1) % run.samples_every == 0 or step + 1 == run.steps):
-                monitor.write_samples(trainer, step + 1)
-            stopping = stop.agreed(engine.ranks)
-            if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.steps or stopping:
-                engine.save(step + 1)
-            if stopping and step + 1 < run.steps:
-                raise SystemExit(143)
+    engine = trainer.engine
+
+    def shown(record: dict) -> dict:
+        own = {k: v for k, v in record.items() if k.count("/") == 1 and k.startswith("reward/")}
+        rewards = {k.removeprefix("reward/"): v for k, v in own.items()}
+        return {"loss": record["loss"], **rewards, "s/step": record["time/step"]}
+
+    with trainer.scorer:
+        engine.run(
+            "train", lambda step: train_step(trainer, step), shown, lambda step: monitor.write_samples(trainer, step), quiet
+        )
     engine.finish({"world": trainer.world.name, "text_dim": trainer.world.text_dim, "unconditional": trainer.guided})
     return engine
 

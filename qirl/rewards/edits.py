@@ -62,14 +62,20 @@ class EditRewards:
 def wanted_specs(reader: DigitReader, samples: Sequence[Sample]) -> list[DigitSpec]:
     """What each edit's output is to show, as `reader` reads its sources.
 
-    How many digits a source has is read too, unless the instruction says it (swap: two, compose: one each).
+    How many digits a source has is read too, unless the instruction says it (swap: two, compose: one each). The source
+    of a swap is read with its halves exchanged: every glyph is then read in the place where it is wanted.
     Raises UserError for an instruction outside the grammar, and for the wrong number or size of sources.
     """
     edits = [parse_instruction(sample.prompt) for sample in samples]
     for edit, sample in zip(edits, samples, strict=True):
         if len(sample.sources) != edit.sources:
             raise UserError(f"instruction '{sample.prompt}' needs {edit.sources} sources, not {len(sample.sources)}")
-    answers = reader.read(stack([source for sample in samples for source in sample.sources]))
+    pictures = [
+        _exchanged(s) if e.operation == "swap" else s
+        for e, own in zip(edits, samples, strict=True)
+        for s in own.sources
+    ]
+    answers = reader.read(stack(pictures))
     read = {head: column.argmax(-1).tolist() for head, column in answers.items()}
     specs, at = [], 0
     for edit in edits:
@@ -81,7 +87,14 @@ def wanted_specs(reader: DigitReader, samples: Sequence[Sample]) -> list[DigitSp
 
 def _source(edit: EditSpec, read: dict[str, int]) -> DigitSpec:
     count = {"swap": 2, "compose": 1}.get(edit.operation, read["count"] + 1)
-    return picture_of((read["first"], read["second"])[:count], list(INKS)[read["ink"]], list(PAPERS)[read["paper"]])
+    digits = (read["first"], read["second"])[:count]
+    digits = digits[::-1] if edit.operation == "swap" else digits
+    return picture_of(digits, list(INKS)[read["ink"]], list(PAPERS)[read["paper"]])
+
+
+def _exchanged(planes: np.ndarray, axis: int = 1) -> np.ndarray:
+    """Left and right half change places."""
+    return np.roll(planes, SIZE // 2, axis=axis)
 
 
 def by_place(samples: Sequence[Sample], specs: Sequence[DigitSpec]):
@@ -93,7 +106,7 @@ def by_place(samples: Sequence[Sample], specs: Sequence[DigitSpec]):
     found = plane(stack([sample.image for sample in samples]))
     before = plane(stack([sample.sources[0] for sample in samples]))
     swapped = [parse_instruction(sample.prompt).operation == "swap" for sample in samples]
-    before[swapped] = np.roll(before[swapped], SIZE // 2, axis=-1)
+    before[swapped] = _exchanged(before[swapped], axis=2)
     for count in (1, 2):
         rows = [row for row, spec in enumerate(specs) if len(spec.digits) == count]
         if rows:
