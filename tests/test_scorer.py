@@ -43,7 +43,7 @@ def test_results_come_in_the_order_of_submission_whatever_finishes_first():
 
 def test_reward_time_is_hidden_behind_sampling():
     """One worker, reward time proportional to images and as long as the rollout, 8 micro-groups."""
-    images, groups, each = 4, 8, 0.02
+    images, groups, each = 4, 8, 0.05
 
     def judge(group):
         time.sleep(each * len(group))
