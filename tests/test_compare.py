@@ -98,6 +98,17 @@ def test_started_again_nothing_is_drawn(models, compared, monkeypatch):
         compare(load("evaluate", changed), quiet=True)
 
 
+def test_both_tasks_battle_where_the_world_has_both(models, tmp_path):
+    given = values(models, tmp_path / "out", ("base", "other"))
+    given["world"] = given["world"] | {"task": "mixed"}
+    given["evaluation"] = given["evaluation"] | {"prompts": 8, "guidance": [2.0]}
+    found = compare(load("evaluate", given), quiet=True)
+    own = found["models"]["other"]["2"]
+    assert set(own["by_task"]) == {"t2i", "edit"} and len(own["by_category"]) == 8
+    assert "instruction" in own["by_task"]["edit"]["rewards"] and "digit" in own["by_task"]["t2i"]["rewards"]
+    assert found["arena"]["battles"] == 16 and found["arena"]["elo"]["base"]["rating"] == 1000
+
+
 def test_the_command_prints_models_and_ratings(models, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     (tmp_path / "arena.yaml").write_text(yaml.safe_dump(values(models, tmp_path / "out", ("base", "other"))))

@@ -173,9 +173,9 @@ def test_every_option_is_described(kind):
         assert "typing" not in type_name and "<" not in type_name.replace("<=", "").replace("< ", ""), type_name
 
 
-@pytest.mark.parametrize("name", ["pretrain", "t2i", "distill", "evaluate"])
+@pytest.mark.parametrize("name", ["pretrain", "t2i", "distill", "evaluate", "arena"])
 def test_the_shipped_configs_are_valid(name):
-    kind = {"t2i": "train"}.get(name, name)
+    kind = {"t2i": "train", "arena": "evaluate"}.get(name, name)
     load(kind, find_config(f"digits/{name}"))
     assert find_config(f"digits/{name}") == configs() / f"digits/{name}.yaml"
 

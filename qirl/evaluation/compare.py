@@ -91,7 +91,10 @@ def _battles(config: EvaluateConfig, exam: Exam, shown: dict[str, np.ndarray]) -
 
 def _plays(config: EvaluateConfig) -> dict:
     """What of a config matters to a comparison beside its models' evaluations."""
-    return to_dict(config)["arena"] | {"scales": list(config.evaluation.guidance), "names": list(config.evaluation.models)}
+    return to_dict(config)["arena"] | {
+        "scales": list(config.evaluation.guidance),
+        "names": list(config.evaluation.models),
+    }
 
 
 def _known(path: Path, key: str) -> dict | None:

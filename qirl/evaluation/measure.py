@@ -25,9 +25,9 @@ APART = ("judge_accuracy", "diversity", "artifacts", "gap")  # beside the reward
 def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> dict:
     """The results of one guidance scale; images uint8 [P, G, H, W, 3], G images of each prompt (which may come again).
 
-    {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error, "rewards",
-    "rewards_se": {component: ...}, "judge_by_category", "judge_attributes" (ink
-    and paper of text-to-image, where the judge reads them), "pairs": images,
+    {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error,
+    "rewards", "rewards_se": {component: ...}, "judge_by_category", "pairs": images,
+    "judge_attributes": share with the right ink and paper, of text-to-image and where the judge reads them,
     "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}}}
     gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
     """
