@@ -164,7 +164,11 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     everything = [b for own in bodies for b in own]
     prefix = layouts[place].prefix("cpu").tokens if layouts[place].seam else None
     described = {"rollout": rolled, "update": describe_packs(everything, prefix)}
-    described["update"] |= {"tokens": tokens, "pairs": policy.group * len(slots) * policy.timesteps.count, "updates": updates}
+    described["update"] |= {
+        "tokens": tokens,
+        "pairs": policy.group * len(slots) * policy.timesteps.count,
+        "updates": updates,
+    }
     return described, {"rollout": rollout, "update": update}, memory
 
 

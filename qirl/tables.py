@@ -46,7 +46,15 @@ def print_results(results: dict) -> None:
     models = results["models"] if "models" in results else {"": results}
     rewards = list(dict.fromkeys(name for own in models.values() for row in own.values() for name in row["rewards"]))
     table = Table(title="held-out prompts, fresh noise")
-    for column in (*(["model"] if "models" in results else []), "guidance", "judge", *rewards, "gap", "diversity", "artifacts"):
+    for column in (
+        *(["model"] if "models" in results else []),
+        "guidance",
+        "judge",
+        *rewards,
+        "gap",
+        "diversity",
+        "artifacts",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, own in models.items():
         for guidance, row in own.items():

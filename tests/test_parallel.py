@@ -121,7 +121,10 @@ def test_metrics_equal_those_of_one_rank(runs, name):
     one, two = (records(runs[ranks][1], name, "metrics.jsonl") for ranks in (1, 2))
     assert [r["step"] for r in one] == [1, 2]
     for a, b in zip(one, two, strict=True):
-        plain = [{k: v for k, v in r.items() if not k.startswith(("time/", "timing/")) and k != "images_per_second"} for r in (a, b)]
+        plain = [
+            {k: v for k, v in r.items() if not k.startswith(("time/", "timing/")) and k != "images_per_second"}
+            for r in (a, b)
+        ]
         assert_close(*plain, tolerance(name) * 10, f"step {a['step']}")
 
 

@@ -190,7 +190,9 @@ def observe(config, reward: str | None) -> dict:
     def prepared(*args):
         parts = prepare(*args)
         for part in parts:
-            seen["packs"].append([(layout.seam, sum(b.live for b in batches), len(batches)) for layout, batches in part])
+            seen["packs"].append(
+                [(layout.seam, sum(b.live for b in batches), len(batches)) for layout, batches in part]
+            )
         return parts
 
     training.open_trainer, training.prepare = opened, prepared

@@ -84,7 +84,11 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
 
     with trainer.scorer:
         engine.run(
-            "train", lambda step: train_step(trainer, step), shown, lambda step: monitor.write_samples(trainer, step), quiet
+            "train",
+            lambda step: train_step(trainer, step),
+            shown,
+            lambda step: monitor.write_samples(trainer, step),
+            quiet,
         )
     engine.finish({"world": trainer.world.name, "text_dim": trainer.world.text_dim, "unconditional": trainer.guided})
     return engine

@@ -75,4 +75,3 @@ def merge(rewards: Sequence[Reward], results: Sequence[Sequence[Scores]], count:
                 )
             scores.update({component: float(value) for component, value in row.items()})
     return merged
-
