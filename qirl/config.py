@@ -273,8 +273,8 @@ class EvaluateConfig(Section):
         return self
 
 
-class CurateConfig(Section):
-    """`qirl curate`: which prompts the base model can learn from, by the range of its rewards."""
+class ProbeConfig(Section):
+    """What curation and calibration share: a base that draws groups, and the rewards that score them."""
 
     run: Run = Run()
     world: World = World()
@@ -283,6 +283,11 @@ class CurateConfig(Section):
     probe: Probe = Probe()
     scoring: Scoring = Scoring()
     advantage: Advantage = Advantage()
+
+
+class CurateConfig(ProbeConfig):
+    """`qirl curate`: which prompts the base model can learn from, by the range of its rewards."""
+
     curate: Curate = Curate()
 
     @model_validator(mode="after")
@@ -291,16 +296,9 @@ class CurateConfig(Section):
         return self
 
 
-class CalibrateConfig(Section):
+class CalibrateConfig(ProbeConfig):
     """`qirl calibrate`: reward weights and scale per prompt category."""
 
-    run: Run = Run()
-    world: World = World()
-    model: Model = Model()
-    flow: Flow = Flow()
-    probe: Probe = Probe()
-    scoring: Scoring = Scoring()
-    advantage: Advantage = Advantage()
     calibrate: Calibrate = Calibrate()
 
     @model_validator(mode="after")
@@ -320,7 +318,7 @@ class CalibrateConfig(Section):
         return self
 
 
-def _check_probe(config: CurateConfig | CalibrateConfig) -> None:
+def _check_probe(config: ProbeConfig) -> None:
     model, flow, timesteps = config.model, config.flow, config.probe.timesteps
     require(model.path is not None, "model.path is missing: name the base that draws the images")
     _check_source(model)
