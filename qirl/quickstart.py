@@ -1,7 +1,10 @@
-"""The main job: a small base learns to draw handwriting, RL improves it, a report shows it. No network, no GPU.
+"""The main job: a small base learns to draw and edit handwriting, RL improves it, one student learns it all. No GPU, no network.
 
     OUT/base        pretraining (cached by the content of its config and of the code that makes it)
-    OUT/t2i         RL from that base
+    OUT/curate      which prompts of both tasks the base can learn from; OUT/calibrate: what each reward is to weigh
+    OUT/t2i, edit   RL of one teacher per task; OUT/mix: of one model on both tasks, to compare with
+    OUT/student     both teachers distilled into one model that needs no guidance
+    OUT/arena       all of them on the same held-out prompts and noise, with Elo ratings
     OUT/summary.json, OUT/report.html, OUT/before_after.png
 
 Every stage is a command of its own on configs/digits/; started again, the same command goes on where it stopped.
@@ -16,15 +19,25 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qirl import api
 from qirl import config as configuration
-from qirl.errors import UserError
+from qirl.errors import UserError, nearest
 from qirl.paths import configs
 from qirl.run.cache import cached_folder, content_key
 from qirl.run.cache import folder as cache_folder
-from qirl.run.folder import read_config, write_json
+from qirl.run.folder import write_json
 from qirl.run.progress import Live
 
-PAIRS = 10  # prompts of the before/after picture
+STAGES = {  # folder: command and config, in the order in which they run
+    "base": ("pretrain", "pretrain"),
+    "curate": ("curate", "curate"),
+    "calibrate": ("calibrate", "calibrate"),
+    "t2i": ("train", "t2i"),
+    "edit": ("train", "edit"),
+    "mix": ("train", "mix"),
+    "student": ("distill", "distill"),
+    "arena": ("evaluate", "arena"),
+}
 
 
 def quickstart(
@@ -35,43 +48,76 @@ def quickstart(
 ) -> dict:
     """Runs all stages and returns the summary; prints a table and the report's path unless `quiet`.
 
-    overrides: per kind of config ("pretrain", "train", "evaluate") options over those of configs/digits/. Raises UserError if `out` cannot be written or holds the stages of another seed or config.
+    overrides: per stage (a key of STAGES) options over those of its config. Raises UserError for an option that does not
+    fit, before the first stage, and if `out` cannot be written or holds the stages of another seed or config.
     """
+    from qirl import quickstart_results as results
+    from qirl.run.report import write_report
+
     folder = Path(out)
+    recipes = load_recipes(folder, seed, overrides or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror}); choose another --out folder") from None
-    clock, given = Clock(folder / "quickstart.json"), overrides or {}
+    clock = Clock(folder / "quickstart.json", quiet)
     with clock.stage("readers"):
         train_readers(quiet)
     with clock.stage("base"):
-        base, cached = train_base(folder / "base", seed, quiet, given.get("pretrain", ()))
-    clock.base_from_cache |= cached
-    with clock.stage("t2i"):
-        t2i = train_t2i(folder / "t2i", base, seed, quiet, given.get("train", ()))
-    with clock.stage("evaluation"):
-        summary = {"stages": evaluate_stages({"base": base, "t2i": t2i}, quiet, given.get("evaluate", ()))}
+        clock.base_from_cache |= train_base(recipes["base"], quiet)
+    for name in ("curate", "calibrate", "t2i", "edit", "mix", "student"):
+        with clock.stage(name):
+            getattr(api, STAGES[name][0])(recipes[name], quiet=quiet)
+    with clock.stage("arena"):
+        summary = results.evaluate_stages(recipes, quiet)
     with clock.stage("report"):
-        picture(base, t2i, summary["stages"]["t2i"]["guidance"]).save(folder / "before_after.png")
+        results.picture(recipes, summary["stages"]).save(folder / "before_after.png")
         facts = {"seed": seed, "base_from_cache": clock.base_from_cache}
         summary = {"seconds": clock.total(), "seconds_by_stage": clock.seconds, **facts, **summary}
-        from qirl.run.report import write_report
-
-        report = write_report(folder / "report.html", {"base": base, "t2i": t2i}, summary)
+        report = write_report(folder / "report.html", {n: folder / n for n in STAGES if n != "arena"}, summary)
     summary["seconds"] = clock.total()
     write_json(folder / "summary.json", summary)
     if not quiet:
-        print_table(summary)
-        print(f"report: {report}")
+        results.print_table(summary)
+        print(f"report: {report}\n{summary['seconds'] / 60:.1f} minutes in all")
     return summary
+
+
+def load_recipes(folder: Path, seed: int, overrides: Mapping[str, Sequence[str]]) -> dict[str, configuration.Section]:
+    """The config of every stage: configs/digits/, wired to the folders of the stages before, then `overrides`."""
+    for name in overrides:
+        if name not in STAGES:
+            raise UserError(f"overrides of '{name}', which is no stage{nearest(name, STAGES)}")
+    base = f"model.path={folder / 'base'}"
+    learns = [
+        base,
+        f"world.prompts={folder / 'curate/curated.jsonl'}",
+        f"advantage.calibration={folder / 'calibrate/calibration.json'}",
+        "advantage.weights={}",  # a calibration replaces them
+    ]
+    wired = {
+        "base": ["world.task=mixed"],
+        "curate": [base],
+        "calibrate": [base, f"calibrate.ledger={folder / 'curate'}"],
+        **dict.fromkeys(("t2i", "edit", "mix"), learns),
+        "student": [base, *(f"distill.teachers.{name}.path={folder / name}" for name in ("t2i", "edit"))],
+        "arena": [f"evaluation.models.{name}={folder / name}" for name in ("base", "t2i", "edit", "mix", "student")],
+    }
+    return {
+        stage: configuration.load(
+            STAGES[stage][0],
+            configs() / f"digits/{STAGES[stage][1]}.yaml",
+            [f"run.out={folder / stage}", f"run.seed={seed}", *own, *overrides.get(stage, ())],
+        )
+        for stage, own in wired.items()
+    }
 
 
 class Clock:
     """Seconds per stage, added up over runs that were interrupted (a killed one loses its last stage's)."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, quiet: bool = True):
+        self.path, self.quiet = path, quiet
         try:
             known = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -95,6 +141,8 @@ class _Stage:
 
     def __enter__(self):
         self.begun = time.monotonic()
+        if not self.clock.quiet:
+            print(f"{self.name}:", flush=True)
 
     def __exit__(self, *_):
         spent = self.clock.seconds.get(self.name, 0) + time.monotonic() - self.begun
@@ -103,11 +151,11 @@ class _Stage:
 
 
 def train_readers(quiet: bool) -> None:
-    """The reward's and the judge's reader, each on its own part of the data."""
+    """The rewards' and the judge's networks, each on its own part of the data."""
     from qirl.config_sections import World
     from qirl.data.world import make_world
 
-    world = make_world(World())
+    world = make_world(World(task="mixed"))
     with Live("readers", 2, show=not quiet) as live:
         world.rewards()
         live.update(1, {})
@@ -115,20 +163,16 @@ def train_readers(quiet: bool) -> None:
         live.update(2, {})
 
 
-def train_base(out: Path, seed: int, quiet: bool, overrides: Sequence[str] = ()) -> tuple[Path, bool]:
-    """The base in `out`: continued there, copied from the cache (then True), or trained and put into the cache."""
-    from qirl.pretraining import pretrain
-
-    own = [f"run.out={out}", f"run.seed={seed}", *overrides]
-    config = configuration.load("pretrain", configs() / "digits/pretrain.yaml", own)
-    key = base_key(config)
+def train_base(config: configuration.PretrainConfig, quiet: bool) -> bool:
+    """The base in config.run.out: continued there, copied from the cache (then True), or trained and put into the cache."""
+    out, key = Path(config.run.out), base_key(config)
     found = cache_folder() / f"digits-base-{key[:16]}"
     cached = found.is_dir() and not (out / "config.yaml").exists()
     if cached:
         _copy(found, out)
-    pretrain(config, quiet)
+    api.pretrain(config, quiet)
     cached_folder("digits-base", key, lambda path: shutil.copytree(out, path, dirs_exist_ok=True))
-    return out, cached
+    return cached
 
 
 def base_key(config: configuration.PretrainConfig) -> str:
@@ -155,69 +199,6 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copytree(source, temporary)
     shutil.rmtree(target, ignore_errors=True)  # at most what a start before the first step left
     os.rename(temporary, target)
-
-
-def train_t2i(out: Path, base: Path, seed: int, quiet: bool, overrides: Sequence[str] = ()) -> Path:
-    from qirl.policy.trainer import train
-
-    own = [f"run.out={out}", f"run.seed={seed}", f"model.path={base / 'model'}", *overrides]
-    train(configuration.load("train", configs() / "digits/t2i.yaml", own), quiet=quiet)
-    return out
-
-
-def evaluate_stages(runs: dict[str, Path], quiet: bool, overrides: Sequence[str] = ()) -> dict:
-    """Every stage at the guidance RL trained for; the base at all scales, the others also at its best one."""
-    trained_at = read_config(runs["t2i"] / "config.yaml")["flow"]["guidance"]
-    stages, best = {}, None
-    for name, run in runs.items():
-        scan = (
-            [] if best is None else [f"evaluation.guidance=[{', '.join(f'{g:g}' for g in sorted({trained_at, best}))}]"]
-        )
-        results = evaluate_run(run, [*overrides, *scan], quiet)
-        if best is None:
-            best = float(max(results, key=lambda g: results[g]["judge_accuracy"]))
-        stages[name] = {
-            "guidance": trained_at,
-            **results[f"{trained_at:g}"],
-            "best_guidance": best,
-            "by_guidance": results,
-        }
-    return stages
-
-
-def evaluate_run(run: Path, overrides: list[str], quiet: bool) -> dict:
-    """The evaluation of a finished run, kept in its folder; done again only if it was of another config."""
-    from qirl.evaluation.evaluate import evaluate, known_results
-
-    overrides = [f"run.out={run}", f"model.path={run / 'model'}", *overrides]
-    config = configuration.load("evaluate", configs() / "digits/evaluate.yaml", overrides)
-    return known_results(config) or evaluate(config, quiet)
-
-
-def picture(base: Path, t2i: Path, guidance: float):
-    """The same held-out prompts and noise before and after RL."""
-    from qirl.data.digits import prompts
-    from qirl.evaluation.evaluate import balanced, sample
-    from qirl.run.plots import before_after
-
-    texts = [p.text for p, _ in balanced(prompts("held_out"), PAIRS, 0)]
-    images = [sample(str(run), texts, guidance=guidance, steps=10, seed=1) for run in (base, t2i)]
-    return before_after(*images, texts)
-
-
-def print_table(summary: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{summary['seconds']:.0f} s, held-out prompts and fresh noise")
-    for column in ("stage", "guidance", "judge accuracy", "digit", "attribute", "ink", "diversity"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for name, stage in summary["stages"].items():
-        for guidance, row in stage["by_guidance"].items():
-            rewards = [f"{row['rewards'][c]:.3f}" for c in ("digit", "attribute", "ink")]
-            accuracy = f"{row['judge_accuracy']:.3f} ± {row['judge_accuracy_se']:.3f}"
-            table.add_row(name, guidance, accuracy, *rewards, f"{row['diversity']:.3f}")
-    Console().print(table)
 
 
 __all__ = ["quickstart"]

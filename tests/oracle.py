@@ -36,18 +36,19 @@ def predicted(model, bodies, x, t, config):
 def oracle_loss(trainer, exp, chosen, slots, step, old, reference, prompts=None):
     """Section 3, one (sample, node) at a time, through packs of one target; v_old and v_ref from the models `old` and
     `reference`, where None is the trained one itself, detached."""
-    config, model = trainer.config, trainer.engine.model
+    config, model, world = trainer.config, trainer.engine.model, trainer.world
+    count, channels = world.height * world.width, world.channels
     policy, seed = config.policy, config.run.seed
     total, valid = 0.0, 0
-    grid = torch.from_numpy(sigmas(64, config.flow))
+    grid = torch.from_numpy(sigmas(count, config.flow))
     for i, target in enumerate(exp.targets):
         if prompts is not None and slots[target.prompt] not in prompts:
             continue
         prompt, again = chosen[slots[target.prompt]]
         own = stream(seed, [prompt.id], [again * policy.group + i % policy.group], step)
-        zeros, tokens = torch.zeros(64, dtype=torch.int64), torch.arange(64)
+        zeros, tokens = torch.zeros(count, dtype=torch.int64), torch.arange(count)
         bodies = [
-            pack([c], [Target(0, 8, 8)]) for c in (trainer.world.condition(prompt), trainer.world.negative(prompt))
+            pack([c], [Target(0, world.height, world.width)]) for c in (world.condition(prompt), world.negative(prompt))
         ]
         for node in exp.nodes[i]:
             if not exp.valid[i]:
@@ -55,7 +56,7 @@ def oracle_loss(trainer, exp, chosen, slots, step, old, reference, prompts=None)
             valid += 1
             t, s = (grid[n].double().item() for n in (node, node + 1))
             if policy.loss == "nft":
-                x0, noise = exp.x0[i], normal(own, zeros, tokens, 12, node, LOSS).double()
+                x0, noise = exp.x0[i], normal(own, zeros, tokens, channels, node, LOSS).double()
                 x = (1 - t) * x0 + t * noise
             else:
                 x = exp.kept[i, node].x
@@ -82,7 +83,7 @@ def oracle_loss(trainer, exp, chosen, slots, step, old, reference, prompts=None)
                     "rollout",
                     "residual",
                 ):
-                    x_next = mean_old + std * normal(own, zeros, tokens, 12, node, TRANSITION)
+                    x_next = mean_old + std * normal(own, zeros, tokens, channels, node, TRANSITION)
                 log_ratio = (Normal(mean, std).log_prob(x_next) - Normal(mean_old, std).log_prob(x_next)).mean()
                 if policy.loss == "guard":
                     log_ratio = std[0] * (log_ratio + ((mean - mean_old) ** 2).mean() / (2 * std[0] ** 2))

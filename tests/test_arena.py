@@ -9,7 +9,19 @@ from scipy.optimize import minimize
 
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
-from qirl.evaluation.arena import PRIOR, SCALE, Battle, arena, battle, pairwise_from_scores, play, ratings, win_share
+from qirl.evaluation.arena import (
+    PRIOR,
+    SCALE,
+    Battle,
+    ahead,
+    arena,
+    arena_by_task,
+    battle,
+    pairwise_from_scores,
+    play,
+    ratings,
+    win_share,
+)
 
 BASE = [Battle(i, "rl", "base", "a" if i < 30 else "b") for i in range(40)]
 IMAGE = np.arange(6, dtype=np.uint8).reshape(1, 6, 1, 1, 1).repeat(3, -1)  # one prompt, six samples of one pixel
@@ -124,6 +136,26 @@ def test_a_player_that_won_everything_has_a_finite_rating():
     assert all(math.isfinite(v) for row in found["elo"].values() for v in row.values())
     mixed = [*BASE, *(Battle(i, "rl", "lost", "a") for i in range(40))]
     assert ratings(mixed, "base")["rl"] == pytest.approx(ratings(BASE, "base")["rl"], abs=0.2)
+
+
+def test_ratings_by_task_are_those_of_the_battles_on_its_prompts():
+    source = (IMAGE[0, 0],)
+    prompts = [Prompt(i, "a 7") if i < 40 else Prompt(i, "make it red", "recolour", source) for i in range(60)]
+    edits = [Battle(40 + i, "rl", "base", "a" if i < 5 else "b") for i in range(20)]  # 30 of 40, then 5 of 20
+    found = arena_by_task([*BASE, *edits], prompts, "base", 1000.0, resamples=200)
+    assert list(found) == ["t2i", "edit"]
+    assert found["t2i"]["elo"]["rl"]["rating"] == pytest.approx(1000 + log_odds(30, 10), abs=1e-6)
+    assert found["edit"]["elo"]["rl"]["rating"] == pytest.approx(1000 + log_odds(5, 15), abs=1e-6)
+    assert found["t2i"] == arena(BASE, "base", resamples=200) and found["edit"]["prompts"] == 20
+    together = arena([*BASE, *edits], "base", resamples=200)["elo"]["rl"]["rating"]
+    assert together == pytest.approx(1000 + log_odds(35, 25), abs=1e-6)
+
+
+def test_a_difference_read_the_other_way_round_changes_its_signs():
+    found = arena(BASE, "base", resamples=200)["differences"]
+    (value,) = found.values()
+    assert list(found) == ["rl - base"] and ahead(found, "rl", "base") == value
+    assert ahead(found, "base", "rl") == {"value": -value["value"], "low": -value["high"], "high": -value["low"]}
 
 
 def test_wins_and_ties_are_counted_per_player():

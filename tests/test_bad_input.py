@@ -185,9 +185,9 @@ def test_guidance_without_an_unconditional_embedding(commands, model, tmp_path, 
 @pytest.mark.parametrize(
     ("command", "option", "need"),
     [
-        ("train", "policy.micro_tokens", 64),
-        ("train", "flow.rollout_tokens", 64),
-        ("evaluate", "evaluation.batch_tokens", 128),
+        ("train", "policy.micro_tokens", 16),
+        ("train", "flow.rollout_tokens", 16),
+        ("evaluate", "evaluation.batch_tokens", 32),
         ("pretrain", "pretrain.micro_tokens", 68),
     ],
 )

@@ -332,6 +332,39 @@ def test_rewards_that_declare_others_are_refused_before_training(tmp_path, tiny_
     assert not (tmp_path / "rl").exists()
 
 
+def of_both_tasks(calibration):
+    """The file as a probe of both tasks writes it: another category, with a component of its own."""
+    record = json.loads(calibration.read_text())
+    parts = {"red": {"weight": 0.5, "target": 0.5}, "identity": {"weight": 0.5, "target": 0.5}}
+    record["categories"]["swap"] = {"scale": 1.0, "components": parts}
+    calibration.write_text(json.dumps(record))
+
+
+def test_categories_and_components_that_a_run_does_not_train_do_not_matter(tmp_path, tiny_model, calibration):
+    of_both_tasks(calibration)
+    reward = declared("red", "edge", "dark")
+    open_trainer(rl(tmp_path, tiny_model, calibration), [reward])
+    train(rl(tmp_path, tiny_model, calibration), [sometimes], quiet=True)
+    (record, *_) = read(tmp_path / "rl/metrics.jsonl")
+    assert {key.split("/")[1] for key in record if key.startswith("share/")} == {"plain", "colour"}
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("red", "edge"), "weighs 'dark', which no reward returns"),
+        (
+            ("red", "edge", "dark", "identity"),
+            "has no weight for 'identity', which a reward returns; it knows dark, edge",
+        ),
+    ],
+)
+def test_components_of_the_trained_categories_still_have_to_fit(tmp_path, tiny_model, calibration, names, words):
+    of_both_tasks(calibration)
+    with pytest.raises(UserError, match=words):
+        open_trainer(rl(tmp_path, tiny_model, calibration), [declared(*names)])
+
+
 def test_rewards_that_return_others_are_refused_at_the_first_scores(tmp_path, tiny_model, calibration):
     trainer = open_trainer(rl(tmp_path, tiny_model, calibration), [luck])
     with pytest.raises(UserError, match="no weight for 'luck' in category '(plain|colour)'"):

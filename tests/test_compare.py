@@ -106,7 +106,13 @@ def test_both_tasks_battle_where_the_world_has_both(models, tmp_path):
     own = found["models"]["other"]["2"]
     assert set(own["by_task"]) == {"t2i", "edit"} and len(own["by_category"]) == 8
     assert "instruction" in own["by_task"]["edit"]["rewards"] and "digit" in own["by_task"]["t2i"]["rewards"]
-    assert found["arena"]["battles"] == 16 and found["arena"]["elo"]["base"]["rating"] == 1000
+    arena = found["arena"]
+    assert arena["battles"] == 16 and arena["elo"]["base"]["rating"] == 1000
+    assert {task: (own["battles"], own["prompts"]) for task, own in arena["by_task"].items()} == {
+        "t2i": (8, 4),
+        "edit": (8, 4),
+    }
+    assert sum(own["elo"]["other"]["wins"] for own in arena["by_task"].values()) == arena["elo"]["other"]["wins"]
 
 
 def test_the_command_prints_models_and_ratings(models, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def curate_config(folder, model, *parts):
         path.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
     values = {
         "run": {"out": str(Path(folder) / "run"), "seed": 3, "threads": 1}, "model": {"path": str(model)},
-        "world": {"text_dim": TEXT_DIM, "prompts": str(path)}, "flow": {"steps": 3, "rollout_tokens": 512},
+        "world": {"text_dim": TEXT_DIM, "prompts": str(path)}, "flow": {"steps": 3, "rollout_tokens": 128},
         "probe": {"group": 4}, "curate": {"tau": 1e-4},
     }  # fmt: skip
     return load("curate", merge(values, *parts))
@@ -203,7 +203,7 @@ def test_edit_prompts_keep_their_sources(tmp_path, tiny_model):
 @pytest.mark.parametrize("sampler", ["ode", "sde"])
 def test_the_probe_samples_as_training_does_but_with_noise_of_its_own(tmp_path, tiny_model, opened, sampler):
     """The same trajectory, apart from the iteration in the noise."""
-    flow = {"flow": {"steps": 4, "guidance": 2.0, "rollout_tokens": 4096, "sampler": sampler}}
+    flow = {"flow": {"steps": 4, "guidance": 2.0, "rollout_tokens": 1024, "sampler": sampler}}
     parts = (merge(flow, {"run": {"steps": 2**20 - 2}}), SDE if sampler == "sde" else {})
     trainer = opened(*parts)
     config = curate_config(tmp_path, tiny_model, flow, {"probe": {"timesteps": {"count": 2}, "group": 3}})
@@ -478,5 +478,5 @@ def test_bad_options_are_one_line(command, tmp_path):
     assert "curate.balance=0.5 is below 1" in refused(tmp_path, *command, "curate.balance=0.5")
     assert "name the base" in refused(tmp_path, *command, "model.path=null")
     assert "use 2 or fewer" in refused(tmp_path, *command, "flow.sampler=sde", "probe.timesteps.count=3")
-    assert "smaller than one sample of 64" in refused(tmp_path, *command, "flow.rollout_tokens=10")
+    assert "smaller than one sample of 16" in refused(tmp_path, *command, "flow.rollout_tokens=10")
     assert "holds no model" in refused(tmp_path, *command, "model.path=nowhere")

@@ -156,26 +156,6 @@ def test_examples_balance_the_categories_and_reach_every_glyph_and_prompt():
     assert digits.examples(largest)[0] == ["99 in magenta"]
 
 
-def test_unfold_gives_back_every_byte_of_fold():
-    picture = np.arange(3 * 16 * 16 * 3).reshape(3, 16, 16, 3) % 256
-    latents = digits.fold(picture.astype(np.uint8))
-    assert latents.shape == (3, 64, 12) and latents.dtype == torch.float32
-    assert latents.min() == -1 and latents.max() == 1
-    assert np.array_equal(digits.unfold(latents), picture)
-
-
-def test_a_token_is_a_patch_and_tokens_run_row_by_row():
-    picture = np.zeros((1, 16, 16, 3), np.uint8)
-    picture[0, 3, 4] = (255, 0, 255)
-    lit = (digits.fold(picture) > 0).nonzero().tolist()
-    assert lit == [[0, 10, 6], [0, 10, 8]]
-
-
-def test_unfold_clamps_what_lies_outside_and_survives_nan():
-    latents = torch.tensor([-3.0, 3.0, float("nan"), float("inf")]).repeat(192).view(1, 64, 12)
-    assert set(digits.unfold(latents).ravel().tolist()) == {0, 255, 128}
-
-
 def test_words_carry_their_role_so_that_order_means_nothing():
     assert tokens("a red 7 on blue") == ["a", "red", "digit:7", "on:blue"]
     assert tokens("35 in green") == ["tens:3", "units:5", "in", "green"]

@@ -65,7 +65,7 @@ def assert_close(got, expected, limit):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize(
     ("options", "parts"),
-    [({}, {}), (EDIT, SDE), (EDIT, {"distill": {"nodes": 1}}), ({}, {"distill": {"micro_tokens": 300}})],
+    [({}, {}), (EDIT, SDE), (EDIT, {"distill": {"nodes": 1}}), ({}, {"distill": {"micro_tokens": 75}})],
     ids=["t2i", "sde edit", "one node", "packs"],
 )
 def test_a_teacher_that_is_the_student_costs_exactly_nothing_at_any_node(prepare, dtype, parts, options):
@@ -90,13 +90,13 @@ def oracle(own, lesson, student, teacher, base=None):
         one = Target(0, target.height, target.width)
         body = pack([lesson.conditions[target.prompt]], [one])
         null = pack([lesson.negatives[target.prompt]], [one]) if lesson.negatives else None
-        x = normal(stream, row, token, 12, 0, INITIAL).to(student.dtype)
+        x = normal(stream, row, token, 24, 0, INITIAL).to(student.dtype)
         states = []
         for node in range(flow.steps):  # the trajectory first: no gradient, no teacher
             step = Step(*(lesson.grid[i : i + 1, k] for k in (node, node + 1, 1)), modes[node, i : i + 1], flow.level)
             states.append((x, step))
             with torch.no_grad():
-                z = normal(stream, row, token, 12, node, TRANSITION)
+                z = normal(stream, row, token, 24, node, TRANSITION)
                 x, _ = flow_step(x, student(body, x, step.t), row, step, z=z)
         for node in lesson.nodes[i]:
             x, step = states[node]
@@ -137,7 +137,7 @@ def test_the_loss_of_a_guided_copy_is_the_guidance_gap(prepare, options):
         ({"guidance": 3, "rescale": True}, {"distill": {"nodes": 2, "weight": "step"}}),
         ({**EDIT, "guidance": 3}, {**SDE, "distill": {"weight": "sde"}}),
         (EDIT, {**SDE, "distill": {"nodes": 1, "anchor": 0.5}}),
-        ({"guidance": 2}, {"distill": {"micro_tokens": 210, "anchor": 0.5}}),
+        ({"guidance": 2}, {"distill": {"micro_tokens": 53, "anchor": 0.5}}),
     ],
     ids=["plain", "rescaled nodes", "sde edit", "anchored nodes", "packs"],
 )
@@ -159,9 +159,9 @@ def test_backward_node_by_node_equals_that_of_the_summed_loss(prepare, tiny_mode
 def test_gradients_do_not_depend_on_how_samples_are_cut(prepare, other):
     own, lesson, student = prepare({"guidance": 2}, {"model": {"dtype": "float64"}, "distill": {"nodes": 3}})
     teacher = load_model(other, torch.float64)
-    assert [len(cut_samples(lesson, budget)) for budget in (80, 140, 300, 10_000)] == [6, 3, 2, 1]
+    assert [len(cut_samples(lesson, budget)) for budget in (24, 40, 60, 10_000)] == [6, 3, 2, 1]
     stats, expected = run(own, lesson, student, teacher)
-    for budget in (80, 140, 300):
+    for budget in (24, 40, 60):
         own_stats, got = run(own, lesson, student, teacher, budget)
         torch.testing.assert_close(own_stats, stats, rtol=1e-10, atol=0)
         assert_close(got, expected, 1e-10)
@@ -210,7 +210,7 @@ def test_the_sde_weight_is_the_kl_of_two_transitions(prepare):
     own, lesson, _ = prepare({}, {"model": {"dtype": "float64"}})
     lengths = tuple(t.tokens for t in lesson.targets)
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    x, v, other = torch.randn(3, sum(lengths), 12, dtype=torch.float64)
+    x, v, other = torch.randn(3, sum(lengths), 24, dtype=torch.float64)
     for node in range(4):
         mode = torch.full((len(lengths),), MODES.index("sde"))
         step = Step(*(lesson.grid[:, k].double() for k in (node, node + 1, 1)), mode, 0.7)
@@ -266,5 +266,5 @@ def test_noise_never_returns_and_prompts_are_those_of_the_task(tmp_path, tiny_mo
 
 def test_a_budget_below_one_sample_is_refused_with_the_number(prepare):
     _, lesson, _ = prepare()
-    with pytest.raises(UserError, match="smaller than one sample of 6[5-9] tokens"):
-        cut_samples(lesson, 64)
+    with pytest.raises(UserError, match="smaller than one sample of (1[7-9]|2[01]) tokens"):
+        cut_samples(lesson, 16)

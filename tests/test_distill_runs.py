@@ -78,7 +78,7 @@ def velocity(model):
     from qirl.packing import Condition
 
     generator = torch.Generator().manual_seed(4)
-    text, x = torch.randn(3, 8, generator=generator), torch.randn(16, 12, generator=generator)
+    text, x = torch.randn(3, 8, generator=generator), torch.randn(16, 24, generator=generator)
     with torch.no_grad():
         return model(pack([Condition(text)], [Target(0, 4, 4)]), x, torch.tensor([0.6]))
 
@@ -212,7 +212,7 @@ def cases(model: Path, teachers: dict, adapters: dict) -> dict:
     return {
         # 3 prompts: one rank has two of them and more packs than the other
         "some nodes, uneven packs": values(
-            "", model, two(teachers), FLOAT64, steps, {"distill": {"nodes": 1, "micro_tokens": 240, "anchor": 0.2}}
+            "", model, two(teachers), FLOAT64, steps, {"distill": {"nodes": 1, "micro_tokens": 60, "anchor": 0.2}}
         ),
         "adapters, lora student": values(
             "", model, lora, FLOAT64, steps, {"model": {"lora": {"rank": 2}}, "distill": {"anchor": 0.2}}
@@ -305,7 +305,7 @@ def test_the_command_makes_a_whole_run_folder(tmp_path, tiny_model, teachers):
         (["distill.teachers.draw.task=edti"], "did you mean 'edit'?"),
         (["distill.teachers.a/b.path=x"], "use letters, digits, - and _"),
         (["distill.nodes=5"], "use 4 or fewer"),
-        (["distill.micro_tokens=64"], "set it to"),
+        (["distill.micro_tokens=16"], "set it to"),
         (["distill.group=5000"], "more than the 4096 samples"),
         (["world.task=edit"], "does not fit teachers of t2i"),
         (["model.path=null"], "model.path is missing"),
@@ -365,7 +365,7 @@ def test_a_teacher_of_another_kind_is_refused_before_anything_is_written(tmp_pat
 
 @pytest.mark.parametrize(
     "parts",
-    [{}, {"distill": {"nodes": 2, "anchor": 0.1, "micro_tokens": 300}}, {"model": {"lora": {"rank": 2}}}],
+    [{}, {"distill": {"nodes": 2, "anchor": 0.1, "micro_tokens": 75}}, {"model": {"lora": {"rank": 2}}}],
     ids=["all nodes", "packs", "lora"],
 )
 def test_the_plan_counts_the_packs_and_flops_of_real_steps(tmp_path, tiny_model, teachers, parts):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from qirl.config_sections import World
-from qirl.data import digits, edits
+from qirl.data import digits, edits, latents
 from qirl.data.edits import EditSpec, parse_instruction, picture_of, wanted
 from qirl.data.prompts import FIRST_EDIT, Prompt
 from qirl.data.words import WordVectors, tokens
@@ -122,7 +122,7 @@ def test_an_example_depends_on_its_own_uniforms_only():
 
 def test_examples_balance_the_categories_of_the_task():
     prompts, latents = world("mixed").training_examples(uniforms(8000))
-    assert latents.shape == (8000, 64, 12) and latents.dtype == torch.float32
+    assert latents.shape == (8000, 16, 24) and latents.dtype == torch.float32
     drawn = [digits.parse(p.text).category if not p.sources else p.category for p in prompts]
     shares = [drawn.count(c) / 8000 for c in digits.CATEGORIES + edits.CATEGORIES]
     assert np.abs(np.array(shares) - 1 / 8).max() < 0.02
@@ -154,13 +154,13 @@ def test_a_condition_holds_each_source_after_its_mark_and_then_the_instruction()
     ours, by_category = world("edit"), {p.category: p for p in edits.prompts("held_out")}
     prompt = by_category["compose"]
     condition, negative = ours.condition(prompt), ours.negative(prompt)
-    mark = (("text", 1), ("image", 8, 8))
+    mark = (("text", 1), ("image", 4, 4))
     assert condition.layout == (*mark, *mark, ("text", 10)) and negative.layout == (*mark, *mark, ("text", 1))
     words = ours.words.encode
     assert torch.equal(condition.text, torch.cat([words("image 1"), words("image 2"), words(prompt.text)]))
     assert torch.equal(negative.text, torch.cat([words("image 1"), words("image 2"), words("")]))
     for one in (condition, negative):
-        assert np.array_equal(digits.unfold(torch.stack(one.references)), np.stack(prompt.sources))
+        assert torch.equal(torch.stack(one.references), latents.encode(np.stack(prompt.sources)))
     assert ours.condition(by_category["recolour"]).layout == (*mark, ("text", 3))
     plain = Prompt(0, "a red 7")
     assert ours.condition(plain).layout == (("text", 3),) and ours.negative(plain) is ours.negative(Prompt(1, "a 1"))
@@ -215,9 +215,10 @@ def test_a_file_of_edits_brings_its_sources(folder):
         ("edit", {"text": edits.EXAMPLES[3], "sources": ["art/0.png"]}, "needs 2 source images, not 1"),
         ("edit", {"text": "paint it red", "sources": ["art/0.png"]}, "known: make it yellow"),
         ("edit", {"text": "a red 7", "sources": ["art/0.png"]}, "leave its sources out"),
-        ("edit", {"text": "a red 7"}, "world.task=mixed"),
+        ("edit", {"text": "a red cat"}, "'cat' is unknown"),
         ("mixed", {"text": "make it red"}, "has no sources"),
-        ("t2i", {"text": "make it red", "sources": ["art/0.png"]}, "world.task=edit or mixed"),
+        ("t2i", {"text": "make it red"}, "has no sources"),
+        ("t2i", {"text": "paint it red", "sources": ["art/0.png"]}, "known: make it yellow"),
         ("mixed", {"text": "a red cat"}, "'cat' is unknown"),
     ],
 )
@@ -225,3 +226,22 @@ def test_a_bad_edit_in_a_file_is_refused_with_its_line(folder, task, row, messag
     good = {"text": "a 7"} if task == "t2i" else {"text": "make it red", "sources": ["art/0.png"]}
     with pytest.raises(UserError, match=f"p.jsonl:2: .*{message}"):
         world(task).prompts("train", written(folder, good, row))
+
+
+def test_a_task_takes_its_prompts_of_a_file_of_both(folder):
+    edit = {"text": "make it red", "sources": ["art/0.png"]}
+    path = written(folder, {"text": "a red 7"}, edit, {"text": "a 3"}, edit | {"text": "make it blue"})
+    own = {task: world(task).prompts("train", path) for task in ("t2i", "edit", "mixed")}
+    assert [p.text for p in own["t2i"]] == ["a red 7", "a 3"]
+    assert [p.text for p in own["edit"]] == ["make it red", "make it blue"]
+    assert own["mixed"] == [own["t2i"][0], own["edit"][0], own["t2i"][1], own["edit"][1]]  # ids stay with their lines
+
+
+def test_a_file_without_a_prompt_of_the_task_is_refused_with_the_counts(folder):
+    edit = {"text": "make it red", "sources": ["art/0.png"]}
+    with pytest.raises(
+        UserError, match="p.jsonl holds 2 prompts of task edit and none of world.task=t2i; set world.task=edit"
+    ):
+        world("t2i").prompts("train", written(folder, edit, edit | {"id": 5}))
+    with pytest.raises(UserError, match="holds 1 prompts of task t2i and none of world.task=edit"):
+        world("edit").prompts("train", written(folder, {"text": "a 7"}))

@@ -17,7 +17,7 @@ ARMS = {
     "rollout literal": {"flow": {"guidance": 2.0}, "guidance": {"form": "literal"}},
     "both": {"flow": {"guidance": 2.0}, "guidance": {"scope": "both"}},
 }
-BUDGETS = {"seam": 200, "a prompt a pack": 900}
+BUDGETS = {"seam": 50, "a prompt a pack": 225}
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -29,7 +29,7 @@ def uneven_budget() -> int:
     """Both prompts of one rank fit into a pack of this size at step 0, those of the other rank do not."""
     world = make_world(World(text_dim=tiny_runs.TEXT_DIM))
     chosen = PromptSampler(world.prompts("train"), BASE["run"]["seed"]).step(0, 4)
-    cost = [6 * 64 + world.condition(p).tokens for p, _ in chosen]
+    cost = [6 * 16 + world.condition(p).tokens for p, _ in chosen]
     ranks = [cost[0] + cost[2], cost[1] + cost[3]]
     assert ranks[0] != ranks[1], "choose another seed"
     return min(ranks)
@@ -37,17 +37,17 @@ def uneven_budget() -> int:
 
 def cases(model: Path) -> dict[str, tuple[dict, str | None]]:
     rl = lambda *parts: merge(BASE, COMMON, {"model": {"path": str(model)}}, *parts)  # noqa: E731
-    base = merge(PRETRAIN, COMMON, {"pretrain": {"batch": 5, "micro_tokens": 140}})
+    base = merge(PRETRAIN, COMMON, {"pretrain": {"batch": 5, "micro_tokens": 40}})
     return {
         "nft": (rl(FLOAT64, {"optimizer": {"ema": 0.5}}), "colours"),
         "nft with an average": (rl(FLOAT64, {"policy": {"nft": {"old_decay": 0.5, "old_ramp": 0.3}}}), "patchy"),
         "grpo": (rl(FLOAT64, SDE, SPREAD), "patchy"),
-        "seam": (rl(FLOAT64, SDE, {"policy": {"micro_tokens": 200, "kl": 0.1}}), "colours"),
+        "seam": (rl(FLOAT64, SDE, {"policy": {"micro_tokens": 50, "kl": 0.1}}), "colours"),
         "uneven": (rl(FLOAT64, {"policy": {"micro_tokens": uneven_budget()}}), "colours"),
         "lora": (rl(FLOAT64, SDE, {"model": {"lora": {"rank": 2}}, "policy": {"kl": 0.1}}), "colours"),
         "nft float32": (rl({}), "luck"),
         "grpo float32": (rl(SDE, SPREAD), "luck"),
-        "seam float32": (rl(SDE, {"policy": {"micro_tokens": 200}}), "luck"),
+        "seam float32": (rl(SDE, {"policy": {"micro_tokens": 50}}), "luck"),
         "pretrain": (merge(base, {"model": {"dtype": "float64"}}), None),
         "pretrain float32": (base, None),
     }

@@ -30,7 +30,7 @@ from qirl.policy import trainer as training
 @pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("loss", [SDE, GUARD], ids=["grpo", "guard"])
 def test_ratio_is_bitwise_one_before_the_first_update(opened, loss, precision, old, guidance):
-    trainer = opened(loss, precision, {"policy": {"old": old, "micro_tokens": 300}, "flow": {"guidance": guidance}})
+    trainer = opened(loss, precision, {"policy": {"old": old, "micro_tokens": 75}, "flow": {"guidance": guidance}})
     record = training.train_step(trainer, 0)
     assert record["ratio_min"] == record["ratio_max"] == 1.0
     assert record["log_ratio_abs"] == 0 and record["clip_fraction"] == 0
@@ -44,7 +44,7 @@ def test_ratio_is_bitwise_one_with_the_other_samplers(opened, sampler):
 
 
 def test_old_from_the_rollout_starts_within_rounding_of_one_in_float32(opened):
-    record = training.train_step(opened(SDE, {"policy": {"old": "rollout", "micro_tokens": 300}}), 0)
+    record = training.train_step(opened(SDE, {"policy": {"old": "rollout", "micro_tokens": 75}}), 0)
     assert abs(record["ratio_min"] - 1) < 1e-5 and abs(record["ratio_max"] - 1) < 1e-5
 
 
@@ -76,8 +76,8 @@ def test_several_updates_recompute_the_old_policy_by_default(opened):
 # packs and gradients
 
 
-# one pair under the seam, several under the seam, a prompt a pack, two prompts a pack; a prompt is 6 pairs of 64 tokens
-BUDGETS = [64, 200, 400, 800]
+# one pair under the seam, several under the seam, a prompt a pack, two prompts a pack; a prompt is 6 pairs of 16 tokens
+BUDGETS = [16, 50, 105, 210]
 
 
 @pytest.mark.parametrize("precision, tolerance", [(FLOAT32, 1e-5), (FLOAT64, 1e-12)], ids=["float32", "float64"])
@@ -96,7 +96,7 @@ def test_gradients_do_not_depend_on_how_the_packs_are_cut(opened, kind, precisio
     for budget in BUDGETS:
         cut, cut_stats, parts = step_gradients(trainer, exp, slots, micro_tokens=budget)
         layouts = [layout for layout, _ in parts[0]]
-        assert all(layout.seam == (budget < 390) for layout in layouts) and sum(len(own) for _, own in parts[0]) > 1
+        assert all(layout.seam == (budget < 100) for layout in layouts) and sum(len(own) for _, own in parts[0]) > 1
         assert len(layouts) == (len(exp.conditions) if layouts[0].seam else 1)
         torch.testing.assert_close(cut_stats, stats, atol=tolerance * 10, rtol=tolerance)
         assert cut.keys() == whole.keys()

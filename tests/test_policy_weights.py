@@ -154,8 +154,8 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base_bit_for_bit(ope
     second = training.train_step(trainer, 1)
     assert first["kl"] == 0 and second["kl"] > 0 and "reference" not in trainer.engine.weights.copies
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora_" not in n)
-    body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 8, 8)])
-    x, t = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
+    x, t = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     with torch.no_grad():
         with trainer.engine.weights.reference():
             assert torch.equal(model(body, x, t), base(body, x, t))
@@ -170,8 +170,8 @@ def test_lora_export_is_merged_and_runs_in_diffusers(opened):
     theirs = QwenImage21Transformer2DModel.from_pretrained(folder)
     assert not any("lora" in n for n in theirs.state_dict())
     ours = load_model(folder)
-    body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 8, 8)])
-    x, t = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
+    x, t = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     with torch.no_grad():
         adapted = trainer.engine.model(body, x, t)
         torch.testing.assert_close(ours(body, x, t), adapted, atol=1e-5, rtol=1e-5)  # W + BA rounded once to float32
@@ -228,14 +228,14 @@ def test_seed_zero_is_a_seed_and_none_is_refused(opened):
 
 def test_rollout_starts_from_the_noise_of_its_own_key(opened):
     """Prompt id, sample and iteration, whatever the batch: a rollout cut into other batches draws the same."""
-    big, small = opened(), opened({"flow": {"rollout_tokens": 64}})
+    big, small = opened(), opened({"flow": {"rollout_tokens": 16}})
     a, b = (experience(t)[0] for t in (big, small))
     for x, y in zip(a.x0, b.x0, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)  # matrix products of other sizes
     chosen = big.prompts.step(0, 4)
     own = stream(3, [chosen[1][0].id], [2], 0)
-    expected = normal(own, torch.zeros(64, dtype=torch.int64), torch.arange(64), 12, 0, INITIAL)
-    assert torch.equal(normal(a.stream, torch.full((64,), 5), torch.arange(64), 12, 0, INITIAL), expected)
+    expected = normal(own, torch.zeros(16, dtype=torch.int64), torch.arange(16), 24, 0, INITIAL)
+    assert torch.equal(normal(a.stream, torch.full((16,), 5), torch.arange(16), 24, 0, INITIAL), expected)
 
 
 def test_component_that_applies_to_later_prompts_only_joins_the_run(opened):
@@ -265,10 +265,10 @@ def test_refused_number_of_ranks_leaves_no_run_folder(tmp_path, tiny_model, monk
 
 
 def test_token_budget_smaller_than_one_sample_is_refused(opened):
-    with pytest.raises(UserError, match="policy.micro_tokens=63 .* 64 or more"):
-        opened({"policy": {"micro_tokens": 63}})
-    with pytest.raises(UserError, match="flow.rollout_tokens=64 .* 128 or more"):
-        opened({"flow": {"rollout_tokens": 64, "guidance": 2.0}})
+    with pytest.raises(UserError, match="policy.micro_tokens=15 .* 16 or more"):
+        opened({"policy": {"micro_tokens": 15}})
+    with pytest.raises(UserError, match="flow.rollout_tokens=16 .* 32 or more"):
+        opened({"flow": {"rollout_tokens": 16, "guidance": 2.0}})
 
 
 def test_pretrain_batch_smaller_than_the_ranks_is_refused(tmp_path, monkeypatch):

@@ -1,64 +1,258 @@
 """The main job with tiny budgets: its stages, files and resumption; and the evaluation's numbers."""
 
+import importlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from qirl import quickstart_results as results
 from qirl.data import digits
 from qirl.data.prompts import Prompt
+from qirl.data.world import DigitsWorld
+from qirl.errors import UserError
+from qirl.evaluation.arena import Battle, arena, arena_by_task
 from qirl.evaluation.evaluate import balanced, draw
 from qirl.evaluation.measure import measure
 from qirl.evaluation.statistics import mean_and_error
-from qirl.quickstart import quickstart
+from qirl.quickstart import STAGES, load_recipes, quickstart, train_base
 
+TOKENS = DigitsWorld.height * DigitsWorld.width  # of an image; the curation draws 4 prompts of 4 images at a time
+SHORT = ["run.steps=2", "run.samples_every=2", "run.monitor_prompts=4", "flow.steps=4"]
+RL = [*SHORT, "policy.prompts=8", "policy.group=3", "policy.timesteps.count=2"]
 TINY = {
-    "pretrain": ["run.steps=6", "pretrain.batch=8", "model.architecture.layers=2", "optimizer.warmup=0"],
-    "train": ["run.steps=2", "run.samples_every=1", "run.monitor_prompts=4", "policy.prompts=4", "policy.group=3"],
-    "evaluate": ["evaluation.prompts=4", "evaluation.group=2", "evaluation.steps=3", "evaluation.guidance=[1, 2]"],
+    "base": ["run.steps=6", "pretrain.batch=8", "model.architecture.layers=2", "optimizer.warmup=0"],
+    "curate": [
+        "probe.prompts=16",
+        "probe.group=4",
+        "flow.steps=4",
+        f"flow.rollout_tokens={4 * 4 * TOKENS}",
+        "curate.tau=0.001",
+    ],
+    "calibrate": ["flow.steps=4"],
+    "t2i": RL,
+    "edit": RL,
+    "mix": RL,
+    "student": [*SHORT, "distill.prompts=4", "distill.teachers.t2i.guidance=3", "distill.teachers.edit.guidance=2"],
+    "arena": [
+        "evaluation.prompts=16",
+        "evaluation.group=2",
+        "evaluation.steps=3",
+        "evaluation.guidance=[1, 2]",
+        "arena.resamples=100",
+    ],
 }
+MODELS = ("base", "t2i", "edit", "mix", "student")
+
+
+def run(out):
+    return quickstart(str(out), seed=3, quiet=True, overrides=TINY)
+
+
+def interrupted(out, where, when):
+    """A start that is stopped at the first call of `where` for which `when(calls before, *arguments)` holds."""
+    module, _, name = where.rpartition(".")
+    real, calls = getattr(importlib.import_module(module), name), []
+
+    def stopped(*args, **more):
+        if when(calls, *args):
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(where, stopped)
+        run(out)
+    return calls
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """Stopped in the middle of the curation, of an RL stage and of the arena, then finished."""
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    return out, quickstart(str(out), seed=3, quiet=True, overrides=TINY)
+    interrupted(out, "qirl.curation.probe.draw", lambda calls, *_: len(calls) == 2)
+    half = len((out / "curate/ledger.jsonl").read_text().splitlines())
+    calls = interrupted(out, "qirl.policy.trainer.train_step", lambda _, trainer, n: stage_of(trainer) == "mix" and n)
+    assert [(stage_of(trainer), n) for trainer, n in calls] == [
+        ("t2i", 0),
+        ("t2i", 1),
+        ("edit", 0),
+        ("edit", 1),
+        ("mix", 0),
+    ]
+    before = kept(out)
+    assert half == 1 + 4 and len(before[Path("curate/ledger.jsonl")].splitlines()) == 1 + 16
+    interrupted(out, "qirl.evaluation.evaluate.draw", lambda calls, *_: len(calls) == 4)
+    after = kept(out)
+    assert all(after[name] == data for name, data in before.items() if name.parts[0] != "mix")
+    return out, run(out)
 
 
-def test_quickstart_writes_what_it_promises(finished):
+def stage_of(trainer):
+    return Path(trainer.config.run.out).name
+
+
+def kept(out):
+    """What a second start must not change: weights, logs, decisions, evaluations."""
+    names = ("*.safetensors", "*.jsonl", "calibration.json", "evaluation.json", "arena.json")
+    return {path.relative_to(out): path.read_bytes() for name in names for path in out.rglob(name)}
+
+
+def test_every_stage_is_evaluated_on_both_tasks_at_what_it_is_for(finished):
     out, summary = finished
     written = json.loads((out / "summary.json").read_text())
-    assert written["seconds"] > 0 and set(written["stages"]) == {"base", "t2i"}
-    for stage in written["stages"].values():
-        assert 0 <= stage["judge_accuracy"] <= 1 and stage["guidance"] == 1.0 and stage["diversity"] > 0
-        assert set(stage["rewards"]) == {"digit", "attribute", "ink"}
-    assert set(written["stages"]["base"]["by_guidance"]) == {"1", "2"}
+    assert written["seconds"] > 0 and list(written["seconds_by_stage"]) == ["readers", *STAGES, "report"]
+    assert tuple(written["stages"]) == tuple(summary["stages"]) == MODELS
+    for name, stage in written["stages"].items():
+        assert 0 <= stage["judge_accuracy"] <= 1 and stage["diversity"] > 0 and set(stage["by_task"]) == {"t2i", "edit"}
+        assert set(stage["rewards"]) == {"digit", "attribute", "ink", "instruction", "identity"}
+        assert "1" in stage["by_guidance"] and f"{stage['best_guidance']:g}" in stage["by_guidance"], name
+    best = max((1.0, 2.0), key=lambda g: written["stages"]["base"]["by_guidance"][f"{g:g}"]["judge_accuracy"])
+    for_what = {"base": best, "t2i": 3.0, "edit": 2.0, "mix": 1.0, "student": 1.0}
+    assert {name: stage["guidance"] for name, stage in written["stages"].items()} == for_what
+    assert {"1", "2"} <= set(written["stages"]["base"]["by_guidance"])
+
+
+def test_ratings_and_differences_to_the_student_have_intervals_for_each_task(finished):
+    out, _ = finished
+    written = json.loads((out / "summary.json").read_text())
+    for scope in ("overall", "t2i", "edit"):
+        assert tuple(written["elo"][scope]) == MODELS and written["elo"][scope]["base"]["rating"] == 1000
+        for row in written["elo"][scope].values():
+            assert row["low"] <= row["rating"] <= row["high"]
+        differences = written["elo_differences"][scope]
+        assert list(differences) == [f"student - {name}" for name in MODELS[:-1]]
+        assert differences["student - base"]["value"] == pytest.approx(
+            written["elo"][scope]["student"]["rating"] - 1000
+        )
+    assert {name: row["guidance"] for name, row in written["elo"]["edit"].items()} == {
+        name: stage["guidance"] for name, stage in written["stages"].items()
+    }
+
+
+def test_both_tasks_train_on_the_curated_prompts_with_the_calibrated_weights(finished):
+    out, _ = finished
+    lines = [json.loads(line) for line in (out / "curate/curated.jsonl").read_text().splitlines()]
+    categories = {
+        task: {x["category"] for x in lines if ("sources" in x) == (task == "edit")} for task in ("t2i", "edit")
+    }
+    categories["mix"] = categories["t2i"] | categories["edit"]
+    assert categories["edit"] == {"recolour", "repaint", "swap", "compose"} and categories["t2i"]
+    known = json.loads((out / "calibrate/calibration.json").read_text())["categories"]
+    assert set(known) == categories["mix"]
+    for task, own in categories.items():
+        texts = [(out / task / name).read_text().splitlines() for name in ("scores.jsonl", "metrics.jsonl")]
+        scores, metrics = ([json.loads(line) for line in lines] for lines in texts)
+        assert {row["category"] for row in scores} <= own, task
+        shares = {key.split("/")[1] for row in metrics for key in row if key.startswith("share/")}
+        assert shares and shares <= own, task
+
+
+def test_page_picture_and_table_show_it(finished, capsys):
+    out, summary = finished
     page = (out / "report.html").read_text()
     assert "data:image/png" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert (out / "before_after.png").stat().st_size > 1000
-    assert summary["stages"].keys() == written["stages"].keys()
+    for words in ("Elo edit", "judge t2i", "candidate prompts", "wanted share", "<h2>student</h2>"):
+        assert words in page, words
+    picture = Image.open(out / "before_after.png")
+    assert picture.width > 12 * 96 and picture.height > 4 * 96
+    results.print_table(summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and all(any(name in line for line in lines) for name in MODELS)
+
+
+def test_a_table_of_wide_numbers_fits_100_columns(finished, capsys):
+    summary = json.loads(json.dumps(finished[1]))
+    for scope in summary["elo"].values():
+        for row in scope.values():
+            row |= {"rating": 1234.5, "low": 1111.1, "high": 1357.9}
+    summary["stages"]["base"]["guidance"] = 2.0
+    results.print_table(summary)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and sum("1234 (1111–1358)   1234 (1111–1358)" in line for line in lines) == 5
+    assert sum(line.split()[:1] == ["base"] for line in lines) == 2
 
 
 def test_started_again_it_repeats_nothing_and_changes_nothing(finished, monkeypatch):
     out, _ = finished
-    before = {p: p.read_bytes() for p in out.rglob("*.safetensors")} | {out: (out / "t2i/metrics.jsonl").read_bytes()}
-    monkeypatch.setattr("qirl.evaluation.evaluate.draw", lambda *a, **k: pytest.fail("evaluated again"))
-    monkeypatch.setattr("qirl.quickstart.picture", lambda *a, **k: __import__("PIL.Image").Image.new("RGB", (8, 8)))
-    quickstart(str(out), seed=3, quiet=True, overrides=TINY)
-    assert before == {p: p.read_bytes() for p in out.rglob("*.safetensors")} | {
-        out: (out / "t2i/metrics.jsonl").read_bytes()
-    }
+    before = kept(out)
+    for name in (
+        "evaluation.evaluate.draw",
+        "curation.probe.draw",
+        "pretraining.train_step",
+        "policy.trainer.train_step",
+    ):
+        monkeypatch.setattr(f"qirl.{name}", lambda *a, name=name, **k: pytest.fail(f"{name} again"))
+    monkeypatch.setattr("qirl.distill.trainer.distill_step", lambda *a, **k: pytest.fail("distilled again"))
+    monkeypatch.setattr(results, "picture", lambda *a, **k: Image.new("RGB", (8, 8)))
+    run(out)
+    assert kept(out) == before
+
+
+def test_deleted_stages_are_made_again_and_no_other(finished, monkeypatch):
+    out, _ = finished
+    before, steps = kept(out), []
+    from qirl.policy import trainer as training
+
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda own, n: steps.append(own.config.run.out) or step(own, n))
+    monkeypatch.setattr("qirl.curation.probe.draw", lambda *a, **k: pytest.fail("probed again"))
+    monkeypatch.setattr("qirl.distill.trainer.distill_step", lambda *a, **k: pytest.fail("distilled again"))
+    monkeypatch.setattr("qirl.pretraining.train_step", lambda *a, **k: pytest.fail("pretrained again"))
+    shutil.rmtree(out / "edit")
+    shutil.rmtree(out / "arena")
+    (out / "curate/curated.jsonl").unlink()
+    (out / "calibrate/calibration.json").unlink()
+    run(out)
+    assert steps == [str(out / "edit")] * 2
+    after = kept(out)
+    timed = {name for name in before if name.name in ("metrics.jsonl",) and name.parts[0] == "edit"}
+    assert set(after) == set(before) and {name for name in before if before[name] != after[name]} <= timed
+
+
+def test_another_seed_and_overrides_of_no_stage_are_refused(finished, tmp_path):
+    out, _ = finished
+    with pytest.raises(UserError, match=r"holds a run of another config: run.seed \(3 there, 4 now\)"):
+        quickstart(str(out), seed=4, quiet=True, overrides=TINY)
+    with pytest.raises(UserError, match="overrides of 'pretrain', which is no stage"):
+        quickstart(str(tmp_path / "new"), overrides={"pretrain": []})
+    with pytest.raises(UserError, match="run.stps"):
+        quickstart(str(tmp_path / "new"), overrides={"student": ["run.stps=2"]})
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_base_comes_from_the_cache_where_its_content_is_known(finished, tmp_path, monkeypatch):
     out, _ = finished
     monkeypatch.setattr("qirl.pretraining.train_step", lambda *a, **k: pytest.fail("pretrained again"))
-    from qirl.quickstart import train_base
+    assert train_base(load_recipes(tmp_path, 3, TINY)["base"], quiet=True)
+    name = "base/model/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
-    train_base(tmp_path / "base", 3, True, TINY["pretrain"])
-    name = "model/diffusion_pytorch_model.safetensors"
-    assert (tmp_path / "base" / name).read_bytes() == (out / "base" / name).read_bytes()
+
+def test_ratings_of_hand_made_battles_are_told_by_task():
+    """The student wins 30 of 40 on text-to-image and 10 of 40 on edits: 3 to 1 are 190.85 points."""
+    source = (np.zeros((16, 16, 3), np.uint8),)
+    prompts = [Prompt(i, "a 7") for i in range(40)] + [
+        Prompt(40 + i, "make it red", "recolour", source) for i in range(40)
+    ]
+    battles = [Battle(i, "base", "student", "b" if i < 30 or i >= 70 else "a") for i in range(80)]
+    found = arena(battles, "base", resamples=200) | {"by_task": arena_by_task(battles, prompts, "base", resamples=200)}
+    told = results.elo_of(found | {"guidance": {"base": 4.0, "student": 1.0}})
+    rated = {scope: own["student"]["rating"] for scope, own in told["elo"].items()}
+    assert rated == {
+        "overall": pytest.approx(1000, abs=1e-6),
+        "t2i": pytest.approx(1190.85, abs=0.1),
+        "edit": pytest.approx(1000 - 190.85, abs=0.1),
+    }
+    assert told["elo"]["t2i"]["base"] == {"rating": 1000, "low": 1000, "high": 1000, "guidance": 4.0}
+    lead = told["elo_differences"]["t2i"]["student - base"]
+    assert lead["value"] == pytest.approx(190.85, abs=0.1) and 50 < lead["low"] < lead["value"] < lead["high"] < 400
+    behind = told["elo_differences"]["edit"]["student - base"]
+    assert behind["low"] < behind["value"] < behind["high"] < 0
 
 
 def test_clustered_standard_error_counts_prompts_not_images():

@@ -8,8 +8,9 @@ from PIL import Image
 from qirl.errors import UserError
 from qirl.run.folder import RunFolder, write_json
 from qirl.run.logs import JsonLines
-from qirl.run.plots import before_after, grid, smooth
+from qirl.run.plots import compared, grid, smooth
 from qirl.run.report import write_report
+from qirl.run.stages import stages_of
 
 COMPONENTS = ("attribute", "digit", "ink")
 CATEGORIES = ("plain", "colour", "background", "two digits")
@@ -235,13 +236,99 @@ def test_a_grid_can_be_cut_up_again():
         grid(images.astype(float))
 
 
-def test_before_after_holds_both_rows():
-    before, after = np.zeros((2, 4, 16, 16, 3), np.uint8), np.full((2, 4, 16, 16, 3), 200, np.uint8)
-    picture = np.asarray(before_after(before, after, ["a red 7 on blue"] * 4))
-    assert (picture == 0).all(-1).sum() >= before[..., 0].size * 36 and (picture == 200).all(-1).sum() > 1000
-    assert before_after(before[0], after[0], ["x"] * 4, scale=2).width < picture.shape[1]
+def test_a_comparison_holds_the_rows_of_every_model():
+    blocks = {
+        name: np.full((2, 4, 16, 16, 3), level, np.uint8) for name, level in zip("abc", (0, 100, 200), strict=True)
+    }
+    picture = np.asarray(compared(blocks, ["a red 7 on blue"] * 4))
+    for images in blocks.values():
+        assert (picture == images[0, 0, 0, 0]).all(-1).sum() >= images[..., 0].size * 36
+    first = {name: images[0] for name, images in blocks.items()}
+    assert compared(first, ["x"] * 4, scale=2).width < picture.shape[1]
+    assert compared({"a": first["a"]}, ["x"] * 4).height < picture.shape[0]
     with pytest.raises(ValueError, match="must be equal"):
-        before_after(before, after[:1], ["x"] * 4)
+        compared(first | {"b": first["b"][:1]}, ["x"] * 4)
+
+
+# --- a summary of both tasks, with ratings, and the folders of probes -------------------------------------------------
+
+
+def judged(value):
+    return {"judge_accuracy": {"value": value, "low": value - 0.04, "high": value + 0.04}}
+
+
+def summary_of_both():
+    """The base is for guidance 4, the student for 1."""
+    base = {str(g): evaluation(g, judge) | {"by_task": {"edit": judged(0.2), "t2i": judged(judge)}}
+            for g, judge in ((1, 0.481), (4, 0.83))}  # fmt: skip
+    student = evaluation(1, 0.9) | {"by_task": {"edit": judged(0.77), "t2i": judged(0.91)}}
+    rated = lambda r, low, high, g: {"rating": r, "low": low, "high": high, "guidance": g}  # noqa: E731
+    elo = {"base": rated(1000.0, 1000.0, 1000.0, 4.0), "student": rated(1123.4, 1087.6, 1160.2, 1.0)}
+    ahead = {"student - base": {"value": 123.4, "low": 87.6, "high": 160.2}}
+    stages = {"base": {**base["4"], "by_guidance": base}, "student": {**student, "by_guidance": {"1": student}}}
+    scopes = ("overall", "t2i", "edit")
+    return {"stages": stages, "elo": dict.fromkeys(scopes, elo), "elo_differences": dict.fromkeys(scopes, ahead)}
+
+
+@pytest.fixture(scope="module")
+def page_of_both(runs, tmp_path_factory):
+    root = tmp_path_factory.mktemp("both")
+    probes(root)
+    runs = {"base": runs["base"], "student": runs["t2i"], "curate": root / "curate", "calibrate": root / "calibrate"}
+    return write_report(root / "report.html", runs, summary_of_both()).read_text(encoding="utf-8")
+
+
+def probes(root):
+    (root / "curate").mkdir()
+    rows = [
+        {"category": "plain", "decision": "drop", "reason": "saturated", "range": 0.1},
+        {"category": "plain", "decision": "keep", "reason": None, "range": 0.3},
+        {"category": "swap", "decision": "drop", "reason": "range", "range": 0.02},
+        {"category": "swap", "decision": "keep", "reason": None, "range": 0.456},
+    ]
+    JsonLines(root / "curate/ledger.jsonl").append([{"ledger": 1}, *rows])
+    (root / "calibrate").mkdir()
+    part = {"weight": 0.6543, "wanted": 0.5, "realised": 0.512}
+    swap = {"scale": 1.234, "groups": 7, "notes": ["ink never varies"], "components": {"ink": part}}
+    write_json(root / "calibrate/calibration.json", {"method": "calibrated", "categories": {"swap": swap}})
+
+
+def text_of(page):
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
+def test_both_tasks_have_their_judge_in_table_and_cards(page_of_both):
+    text = text_of(page_of_both)
+    assert "judge t2i judge edit" in text and "0.770 0.73 to 0.81" in text
+    assert "judge, edit 0.20 → 0.77 +0.570 base at guidance 4: 0.20" in text
+    assert "held-out judge 0.48 → 0.90 +0.419 ± 0.020 base at guidance 4: 0.83" in text
+    assert "base → student, both at guidance 1" in text
+
+
+def test_ratings_are_shown_with_their_intervals(page_of_both):
+    text = text_of(page_of_both)
+    assert "Elo overall Elo t2i Elo edit student ahead, overall" in text
+    assert "base 4 1000 1000 1000 +123 +88 to +160" in text and "student 1 1123 1088 to 1160" in text
+    titles = re.findall(r"<figcaption><b>(.*?)</b>", page_of_both)
+    assert titles[:3] == ["overall", "t2i", "edit"]
+
+
+def test_curation_and_calibration_are_tables_without_a_training_log(page_of_both):
+    text = text_of(page_of_both)
+    assert "category kept range saturated median range" in text and "swap 1 1 0 0.456" in text and "all 2 1 1" in text
+    assert "swap 7 1.234 ink 0.654 0.500 0.512" in text and "swap: ink never varies" in text
+
+
+def test_a_folder_of_runs_and_probes_is_found_and_a_damaged_probe_is_named(tmp_path):
+    probes(tmp_path)
+    base_run(tmp_path / "base", steps=2)
+    assert list(stages_of([tmp_path])) == ["calibrate", "curate", "base"]
+    assert list(stages_of([tmp_path / "curate"])) == ["curate"]
+    page = write_report(tmp_path / "only.html", stages_of([tmp_path / "curate"])).read_text()
+    assert "4 candidate prompts" in page
+    (tmp_path / "calibrate/calibration.json").write_text('{"categories": ')
+    with pytest.raises(UserError, match="calibration.json is damaged"):
+        write_report(tmp_path / "report.html", stages_of([tmp_path]))
 
 
 def test_smoothing_keeps_constants_and_straight_means():

@@ -65,7 +65,7 @@ def test_reward_time_is_hidden_behind_sampling():
 
 def test_a_training_step_costs_little_more_than_the_longer_of_rollout_and_reward(opened):
     """The same with a real rollout: 16 micro-groups, and a reward that takes as long as they do."""
-    many = {"flow": {"rollout_tokens": 192, "steps": 24}, "policy": {"prompts": 16}}
+    many = {"flow": {"rollout_tokens": 48, "steps": 24}, "policy": {"prompts": 16}}
     plain = opened(many)
     training.train_step(plain, 0)
     pace = min(training.train_step(plain, step)["time/rollout"] for step in (1, 2, 3)) / 48
@@ -85,7 +85,7 @@ def test_scores_of_a_run_do_not_depend_on_the_number_of_workers(tmp_path, tiny_m
     found = []
     for workers in (1, 3):
         out = tmp_path / str(workers)
-        parts = {"scoring": {"workers": workers}, "flow": {"rollout_tokens": 128}}
+        parts = {"scoring": {"workers": workers}, "flow": {"rollout_tokens": 32}}
         training.train(train_config(out, tiny_model, parts), [colours], quiet=True)
         found.append((out / "scores.jsonl").read_bytes())
     assert found[0] == found[1]
@@ -167,7 +167,7 @@ def test_a_step_goes_on_without_the_samples_that_failed(opened):
             raise OSError("judge is away")
         return colours(group)
 
-    parts = {"scoring": {"retries": 0}, "flow": {"rollout_tokens": 64}, "advantage": {"max_failed": 0.5}}
+    parts = {"scoring": {"retries": 0}, "flow": {"rollout_tokens": 16}, "advantage": {"max_failed": 0.5}}
     record = training.train_step(opened(parts, reward=picky), 0)
     assert record["scoring/failed"] == 1 and record["dropped_samples"] == 1 and record["valid_samples"] == 11
 

@@ -40,7 +40,7 @@ PRETRAIN = {
 
 def architecture() -> QwenImage21Config:
     return QwenImage21Config(
-        in_channels=12, out_channels=12, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        in_channels=24, out_channels=24, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         context_in_dim=TEXT_DIM, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
 

@@ -39,10 +39,6 @@ class Calibration:
     categories: dict[str, CategoryWeights]
 
     @property
-    def components(self) -> list[str]:
-        return sorted({name for own in self.categories.values() for name in own.weights})
-
-    @property
     def key(self) -> str:
         """A content hash of the numbers that training uses."""
         return content_key({name: [own.weights, own.scale] for name, own in self.categories.items()})
@@ -132,7 +128,8 @@ def _category(name: str, record: dict) -> CategoryWeights:
 def check_fit(calibration: Calibration, categories: Sequence[str], components: Sequence[str]) -> None:
     """Raises UserError if a category of the training prompts, or one of the rewards' components, was not calibrated.
 
-    components: what the rewards declare; none: `Calibration.tables` finds out at the first scores.
+    What was calibrated for other categories only, as those of the other task, does not matter. components: what the
+    rewards declare; none: `Calibration.tables` finds out at the first scores.
     """
     for name in categories:
         if name not in calibration.categories:
@@ -140,7 +137,7 @@ def check_fit(calibration: Calibration, categories: Sequence[str], components: S
                 f"{calibration.path} has no weights for category '{name}' of the training prompts, only for "
                 f"{', '.join(sorted(calibration.categories))}; calibrate on prompts of all categories"
             )
-    known = calibration.components
+    known = sorted({name for category in categories for name in calibration.categories[category].weights})
     for name in known if components else ():
         if name not in components:
             raise UserError(f"{calibration.path} weighs '{name}', which no reward returns{nearest(name, components)}")

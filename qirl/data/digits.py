@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from qirl.data.prompts import Prompt
 from qirl.data.words import COLOURS, INKS, PAPERS, DigitSpec, contrasting, describe, parse
 from qirl.errors import UserError, nearest
 
 __all__ = [
-    "CATEGORIES", "CHANNELS", "COLOURS", "INKS", "PAPERS", "PARTS", "SIZE", "TOKENS", "UNIFORMS",
-    "Bank", "DigitSpec", "bank", "contrasting", "coverage", "describe", "digest", "example", "examples", "fold",
-    "glyphs", "paint", "parse", "prompts", "render", "unfold",
+    "CATEGORIES", "COLOURS", "INKS", "PAPERS", "PARTS", "SIZE", "UNIFORMS",
+    "Bank", "DigitSpec", "bank", "contrasting", "coverage", "describe", "digest", "example", "examples", "glyphs",
+    "paint", "parse", "prompts", "render",
 ]  # fmt: skip
-SIZE, TOKENS, CHANNELS = 16, 64, 12  # pixels of a side; a picture as latents
+SIZE = 16  # pixels of a side
 PARTS = ("generator", "source", "reward", "judge")
 CUTS = (0, 45, 50, 75, 100)  # per cent of every digit's images where the parts begin and end
 CATEGORIES = ("plain", "colour", "background", "two_digits")
@@ -191,25 +190,3 @@ def example(u: Sequence[float]) -> tuple[str, np.ndarray]:
     """One training example from 5 uniforms in [0, 1): its text and its picture, uint8 [16, 16, 3]."""
     texts, pictures = examples(np.asarray(u)[None])
     return texts[0], pictures[0]
-
-
-def fold(images: np.ndarray) -> torch.Tensor:
-    """Pictures to latents: uint8 [B, 16, 16, 3] -> float32 [B, 64, 12] in [-1, 1].
-
-    A token is a patch of 2x2 pixels, tokens row-major, channels ordered (row, column, RGB) in the patch.
-    """
-    assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3), f"{images.dtype} {images.shape}"
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).float().div(127.5).sub(1)
-    patches = pixels.view(-1, SIZE // 2, 2, SIZE // 2, 2, 3).permute(0, 1, 3, 2, 4, 5)
-    return patches.reshape(-1, TOKENS, CHANNELS)
-
-
-def unfold(latents: torch.Tensor) -> np.ndarray:
-    """Latents to pictures, inverse of `fold`: [B, 64, 12] -> uint8 [B, 16, 16, 3], clamped and rounded.
-
-    A NaN becomes mid-grey, so that a diverged model gives a bad picture and not a crash.
-    """
-    assert latents.shape[1:] == (TOKENS, CHANNELS), f"latents of shape {tuple(latents.shape)}"
-    values = latents.detach().float().cpu().nan_to_num(nan=0.0).clamp(-1, 1).add(1).mul(127.5).round()
-    patches = values.to(torch.uint8).view(-1, SIZE // 2, SIZE // 2, 2, 2, 3).permute(0, 1, 3, 2, 4, 5)
-    return patches.reshape(-1, SIZE, SIZE, 3).numpy()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qirl.config_sections import World
-from qirl.data import digits, edits
+from qirl.data import digits, edits, latents
 from qirl.data.prompts import Prompt, load_prompts
 from qirl.data.words import WordVectors, parse
 from qirl.errors import UserError
@@ -18,11 +18,11 @@ from qirl.rewards.protocol import Reward
 
 
 class DigitsWorld:
-    """Handwritten digits: word vectors for a text encoder, folded pixels for an autoencoder."""
+    """Handwritten digits: word vectors for a text encoder, whitened patches for an autoencoder."""
 
     name = "digits"
-    channels = digits.CHANNELS
-    height = width = digits.SIZE // 2  # latent tokens
+    channels = latents.CHANNELS
+    height = width = latents.SIDE  # latent tokens
 
     def __init__(self, options: World):
         self.task, self.text_dim = options.task, options.text_dim
@@ -42,7 +42,7 @@ class DigitsWorld:
         words = [self._text(f"image {number}").text for number in range(1, len(prompt.sources) + 1)]
         words.append(self._text(text).text)
         pictures = (("text", 1), ("image", self.height, self.width)) * len(prompt.sources)
-        references = tuple(digits.fold(np.stack(prompt.sources)))
+        references = tuple(latents.encode(np.stack(prompt.sources)))
         return Condition(torch.cat(words), references, (*pictures, ("text", len(words[-1]))))
 
     def parse(self, prompt: Prompt) -> None:
@@ -60,30 +60,34 @@ class DigitsWorld:
                                 f"the digits world edits {digits.SIZE} x {digits.SIZE}: resize it")  # fmt: skip
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
-        """The built-in prompts of a split ("train" or "held_out") of self.task's tasks, or those of a file.
+        """The prompts of self.task's tasks: the built-in ones of a split ("train" or "held_out"), or those of a file.
 
-        Raises UserError for a prompt of a file that is not understood or not of self.task.
+        Raises UserError for a prompt of a file that is not understood, whatever its task, and for a file that has none
+        of self.task.
         """
         if path is not None:
-            return load_prompts(path, self._check)
+            return self._of_task(load_prompts(path, self._check), path)
         drawn = digits.prompts(split) if self.task != "edit" else []
         return drawn + (edits.prompts(split) if self.task != "t2i" else [])
 
     def _check(self, prompt: Prompt) -> None:
-        if self.task == "t2i" and prompt.sources:
-            raise UserError(f"'{prompt.text}' edits its sources and world.task is t2i; set world.task=edit or mixed")
-        if self.task != "t2i" and not prompt.sources and _is_instruction(prompt.text):
+        if not prompt.sources and _is_instruction(prompt.text):
             raise UserError(f"instruction '{prompt.text}' has no sources; write a .jsonl file, with "
                             '"sources": ["picture.png"] in this line')  # fmt: skip
-        if self.task == "edit" and not prompt.sources:
-            raise UserError(
-                f"'{prompt.text}' has no sources and world.task is edit; give it sources or set world.task=mixed"
-            )
         self.parse(prompt)
 
-    def decode(self, latents: Sequence[torch.Tensor]) -> np.ndarray:
+    def _of_task(self, prompts: list[Prompt], path: str) -> list[Prompt]:
+        own = [p for p in prompts if self.task in ("mixed", p.task)]
+        if not own:
+            raise UserError(
+                f"prompt file {path} holds {len(prompts)} prompts of task {prompts[0].task} and none of world.task="
+                f"{self.task}; set world.task={prompts[0].task}, or name a file with such prompts"
+            )
+        return own
+
+    def decode(self, pictures: Sequence[torch.Tensor]) -> np.ndarray:
         """Latents [tokens, channels] each: uint8 images [n, H, W, 3]."""
-        return digits.unfold(torch.stack([x.float() for x in latents]))
+        return latents.decode(torch.stack([x.float() for x in pictures]))
 
     def training_examples(self, u: np.ndarray) -> tuple[list[Prompt], torch.Tensor]:
         """Prompts and latents [n, tokens, channels] of n examples, a pure function of uniforms [n, digits.UNIFORMS].
@@ -103,7 +107,7 @@ class DigitsWorld:
                 own, images[rows] = make(u[rows])
                 for row, prompt in zip(rows, own, strict=True):
                     prompts[row] = prompt
-        return prompts, digits.fold(images)
+        return prompts, latents.encode(images)
 
     def rewards(self) -> list[Reward]:
         """The built-in rewards of self.task, trained on their own part of the data on first use and cached."""

@@ -141,6 +141,21 @@ def arena(battles: Sequence[Battle], anchor: str, rating: float = RATING, resamp
     return {"elo": elo, "differences": differences, "anchor": anchor, **counts}
 
 
+def arena_by_task(battles: Sequence[Battle], prompts: Sequence[Prompt], *options, **more) -> dict[str, dict]:
+    """What `arena` finds in the battles on the prompts of each task alone: {"t2i": ..., "edit": ...}."""
+    task = {prompt.id: prompt.task for prompt in prompts}
+    chosen = {name: [one for one in battles if task[one.prompt_id] == name] for name in dict.fromkeys(task.values())}
+    return {name: arena(own, *options, **more) for name, own in chosen.items()}
+
+
+def ahead(differences: Mapping[str, Mapping[str, float]], a: str, b: str) -> dict[str, float]:
+    """By how much `a` is ahead of `b`, {"value", "low", "high"}, from the differences that `arena` found."""
+    if found := differences.get(f"{a} - {b}"):
+        return dict(found)
+    found = differences[f"{b} - {a}"]
+    return {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+
+
 def _interval(values: np.ndarray) -> dict[str, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return {"low": float(low), "high": float(high)}

@@ -13,7 +13,7 @@ import numpy as np
 
 from qirl.config import EvaluateConfig, to_dict
 from qirl.errors import UserError
-from qirl.evaluation.arena import arena, pairwise_from_scores, play
+from qirl.evaluation.arena import arena, arena_by_task, pairwise_from_scores, play
 from qirl.evaluation.evaluate import Exam, check, evaluation_key, keep_results, known_results, out_folder, scan
 from qirl.evaluation.measure import judge_score
 from qirl.run.cache import content_key
@@ -23,7 +23,8 @@ MARGIN = 0.05  # of the judge's score, 0 to 1: two pictures that it is about as 
 
 
 def compare(config: EvaluateConfig, quiet: bool = False) -> dict:
-    """{"models": {name: {guidance: results}}, "arena": None or `arena`'s ratings and the "guidance" of each player}.
+    """{"models": {name: {guidance: results}}, "arena": None or `arena`'s ratings, the same of each task alone
+    ("by_task") and the "guidance" of each player}.
 
     Also written to arena.json in config.run.out; each model's evaluation.json goes into its own run folder. What an earlier
     evaluation of the same models by the same config found is used, not drawn again. Raises UserError as `evaluate` does,
@@ -83,9 +84,11 @@ def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], quiet: bool
 
 def _battles(config: EvaluateConfig, exam: Exam, shown: dict[str, np.ndarray]) -> dict:
     options = config.arena
-    battles = play(shown, [p for p, _ in exam.prompts], pairwise_from_scores(judge_score(exam.judge), MARGIN))
+    prompts = [p for p, _ in exam.prompts]
+    battles = play(shown, prompts, pairwise_from_scores(judge_score(exam.judge), MARGIN))
     anchor = options.anchor if options.anchor is not None else next(iter(shown))
-    found = arena(battles, anchor, options.rating, options.resamples, config.evaluation.seed)
+    rated = (anchor, options.rating, options.resamples, config.evaluation.seed)
+    found = arena(battles, *rated) | {"by_task": arena_by_task(battles, prompts, *rated)}
     return found | {"guidance": {name: scale_of(config, name) for name in shown}}
 
 

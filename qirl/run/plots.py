@@ -78,9 +78,7 @@ def panel(
             base = axes.get_xaxis_transform()
             axes.plot(marks, [0.03] * len(marks), "x", color=_SERIES[1], transform=base, markersize=5, clip_on=False)
         _dress(axes, lines, span, log)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue())
+        return _svg(figure)
 
 
 def _draw(axes, line: Line) -> None:
@@ -133,6 +131,12 @@ def _dress(axes, lines: Sequence[Line], span: float, log: bool) -> None:
     axes.margins(x=0.015)
 
 
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue())
+
+
 def _inline(svg: str) -> str:
     """The <svg> element alone, without prolog, namespaces and fixed size, in the palette of the page."""
     svg = svg[svg.index("<svg") :]
@@ -175,37 +179,62 @@ def grid(images: np.ndarray, scale: int = 1, captions: Sequence[str] | None = No
     return picture
 
 
-def before_after(
-    before: np.ndarray,
-    after: np.ndarray,
-    captions: Sequence[str],
-    scale: int = 6,
-    labels: tuple[str, str] = ("base", "after RL"),
-) -> Image.Image:
-    """The same prompts and seeds before and after: a block of rows each, columns are prompts.
+def compared(blocks: Mapping[str, np.ndarray], captions: Sequence[str], scale: int = 6) -> Image.Image:
+    """The same prompts and seeds by several models: a block of rows each, with its label; columns are prompts.
 
-    before, after: uint8 [prompts, H, W, 3], or [seeds, prompts, H, W, 3] for several rows a block.
-    Raises ValueError if the two shapes differ or there is not one caption per prompt.
+    blocks: uint8 [prompts, H, W, 3] each, or [seeds, prompts, H, W, 3] for several rows a block.
+    Raises ValueError if their shapes differ or there is not one caption per prompt.
     """
-    if before.shape != after.shape:
-        raise ValueError(f"before has shape {list(before.shape)}, after {list(after.shape)}; they must be equal")
-    if before.ndim == 4:
-        before, after = before[None], after[None]
+    shapes = {label: list(images.shape) for label, images in blocks.items()}
+    if len(set(map(tuple, shapes.values()))) != 1:
+        raise ValueError(f"the blocks have the shapes {shapes}; they must be equal")
     gap = max(2, scale // 2)
-    upper, lower = grid(before, scale, captions, gap), grid(after, scale, None, gap)
+    grids = []
+    for images in blocks.values():
+        rows = images[None] if images.ndim == 4 else images
+        grids.append(grid(rows, scale, captions if not grids else None, gap))
     font = ImageFont.load_default(16)
-    margin = int(max(font.getlength(label) for label in labels)) + 24
-    between = 4 * gap
-    picture = Image.new("RGB", (margin + upper.width + gap, upper.height + between + lower.height + gap), "white")
-    picture.paste(upper, (margin, 0))
-    picture.paste(lower, (margin, upper.height + between))
+    measure = ImageDraw.Draw(grids[0])
+    margin = int(max(measure.multiline_textbbox((0, 0), label, font=font)[2] for label in blocks)) + 24
+    between, height = 4 * gap, grids[-1].height if len(grids) > 1 else 0
+    size = (margin + grids[0].width + gap, sum(g.height for g in grids) + between * (len(grids) - 1) + gap)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    half = lower.height / 2
-    for label, middle in zip(labels, (upper.height - half, upper.height + between + half), strict=True):
-        draw.text((margin - 12, middle), label, fill="#111111", font=font, anchor="rm")
-    y = upper.height + between // 2
-    draw.line((margin + gap, y, margin + upper.width - gap, y), fill="#d0d0d0", width=1)
+    top = 0
+    for number, (label, own) in enumerate(zip(blocks, grids, strict=True)):
+        if number:
+            draw.line(
+                (margin + gap, top - between // 2, size[0] - 2 * gap, top - between // 2), fill="#d0d0d0", width=1
+            )
+        picture.paste(own, (margin, top))
+        middle = top + own.height - (height or own.height) / 2
+        draw.multiline_text((margin - 12, middle), label, fill="#111111", font=font, anchor="rm", align="right")
+        top += own.height + between
     return picture
+
+
+def intervals(name: str, rows: Mapping[str, tuple[float, float, float]], rule: float | None = None) -> str:
+    """Values with their intervals, one line a row, as an <svg>; rows: label to (value, low, high), the first one on top.
+
+    name: as for `panel`. rule: a vertical line, such as the rating of the anchor.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(3.5, 0.55 + 0.27 * len(rows)), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        if rule is not None:
+            axes.axvline(rule, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)))
+        for place, (value, low, high) in enumerate(rows.values()):
+            axes.plot([low, high], [place, place], color=_SERIES[0], linewidth=1.9, alpha=0.55, solid_capstyle="round")
+            axes.plot([value], [place], "o", color=_SERIES[0], markersize=5)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="x", color=_RULE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(colors=_INK, labelsize=8.5, length=0, pad=5)
+        return _svg(figure)
 
 
 def _wrap(text: str, font, width: float) -> str:

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from qirl.run import plots
+from qirl.run import plots, probes
 from qirl.run.folder import RunFolder, write_bytes
 from qirl.run.logs import read
 
@@ -40,11 +40,13 @@ def write_report(out: str | Path, runs: Mapping[str, str | Path], summary: Mappi
     """Writes one self-contained HTML page about the run folders in `runs` (stage name to path).
 
     out: the file, or the folder for its report.html. summary: the content of summary.json, or None. Samples,
-    groups, config and summary may be missing, metrics may have any number of steps. Returns the file's path.
-    Raises UserError if a run has no metrics.jsonl, or a broken one.
+    groups, config and summary may be missing, metrics may have any number of steps; a curation or a calibration gets a
+    table. Returns the file's path. Raises UserError if another run has no metrics.jsonl, or a broken one.
     """
     out = Path(out)
     out = out / "report.html" if out.is_dir() else out
+    probed = [_probe(name, path) for name, path in runs.items() if probes.is_probe(path)]
+    runs = {name: path for name, path in runs.items() if not probes.is_probe(path)}
     logs = {name: list(read(RunFolder(path).metrics)) for name, path in runs.items()}
     summary = summary or {}
     palette = _palette(logs.values(), summary)
@@ -54,7 +56,9 @@ def write_report(out: str | Path, runs: Mapping[str, str | Path], summary: Mappi
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.j2").render(
         stages=stages,
+        probes=probed,
         palette=palette,
+        elo=_elo(summary),
         table=_table(summary, palette),
         headline=_cards(summary, palette),
         minutes=(summary.get("seconds") or 0) / 60,
@@ -62,6 +66,10 @@ def write_report(out: str | Path, runs: Mapping[str, str | Path], summary: Mappi
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, page.encode())
     return out
+
+
+def _probe(name: str, path: str | Path) -> dict[str, Any]:
+    return {"name": name, "curation": probes.curation(path), "calibration": probes.calibration(path)}
 
 
 def _palette(logs, summary: Mapping[str, Any]) -> dict[str, int]:
@@ -193,11 +201,42 @@ def _table(summary: Mapping[str, Any], palette: Mapping[str, int]) -> dict[str, 
         return None
     components = [name for name in palette if any(name in (row.get("rewards") or {}) for row in rows)]
     pairs = sorted({row["pairs"] for row in rows if row["pairs"]})
-    return {"rows": rows, "components": components, "gap": any("gap" in row for row in rows), "pairs": pairs}
+    tasks = _tasks(*rows)
+    shown = {"rows": rows, "components": components, "tasks": tasks if len(tasks) > 1 else []}
+    return shown | {"gap": any("gap" in row for row in rows), "pairs": pairs}
+
+
+def _tasks(*entries: Mapping[str, Any]) -> list[str]:
+    """The tasks that evaluations have numbers of, text-to-image first."""
+    return sorted({task for entry in entries for task in entry.get("by_task") or {}}, key=lambda task: task != "t2i")
+
+
+def _elo(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Ratings of every model, overall and by task, with the differences to the last one, as rows and as figures."""
+    elo, differences = summary.get("elo"), summary.get("elo_differences") or {}
+    if not elo:
+        return None
+    models = list(dict.fromkeys(name for own in elo.values() for name in own))
+    rows = [
+        {
+            "name": name,
+            "guidance": next(own[name]["guidance"] for own in elo.values() if name in own),
+            "ratings": [own.get(name) for own in elo.values()],
+            "behind": [(differences.get(scope) or {}).get(f"{models[-1]} - {name}") for scope in elo],
+        }
+        for name in models
+    ]
+    figures = []
+    for scope, own in elo.items():
+        shown = {name: (row["rating"], row["low"], row["high"]) for name, row in own.items()}
+        fixed = [row["rating"] for row in own.values() if row["low"] == row["high"]]
+        svg = plots.intervals(f"elo-{scope}", shown, rule=fixed[0] if fixed else None)
+        figures.append({"title": scope, "note": "", "ends": "", "svg": Markup(svg)})
+    return {"scopes": list(elo), "rows": rows, "figures": figures, "last": models[-1]}
 
 
 def _cards(summary: Mapping[str, Any], palette: Mapping[str, int]) -> dict[str, Any] | None:
-    """The last stage against the first, both at the guidance the last one is for."""
+    """The last stage against the first, both at the guidance the last one is for; beside it the first one at its own."""
     stages = list((summary.get("stages") or {}).values())
     if len(stages) < 2 or stages[-1].get("guidance") is None:
         return None
@@ -205,21 +244,25 @@ def _cards(summary: Mapping[str, Any], palette: Mapping[str, int]) -> dict[str, 
     before, after = _at(stages[0], guidance), _at(stages[-1], guidance)
     if not before or not after:
         return None
-    before, after = _numbers(before), _numbers(after)
+    before, after, own = _numbers(before), _numbers(after), _numbers(stages[0])
     cards = []
-    for title in ("held-out judge", *palette, "diversity"):
-        if title in before and title in after:
+    for title in after:
+        if title in before:
             (a, a_error), (b, b_error) = before[title], after[title]
             error = None if None in (a_error, b_error) else float(np.hypot(a_error, b_error))
-            about = {"title": title, "color": palette.get(title)}
+            about = {"title": title, "color": palette.get(title), "own": own.get(title, (None,))[0]}
             cards.append({**about, "before": a, "after": b, "change": b - a, "error": error})
-    return {"guidance": guidance, "cards": cards} if cards else None
+    first, last = list(summary["stages"])[:: len(stages) - 1]
+    named = {"guidance": guidance, "first": first, "last": last, "own_guidance": stages[0].get("guidance")}
+    return {**named, "cards": cards} if cards else None
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
     """An evaluation as {title: (value, standard error or None)}, failed values left out."""
     found = {"held-out judge": (entry.get("judge_accuracy"), entry.get("judge_accuracy_se"))}
+    if len(tasks := _tasks(entry)) > 1:
+        found |= {f"judge, {task}": (entry["by_task"][task]["judge_accuracy"]["value"], None) for task in tasks}
     errors = entry.get("rewards_se") or {}
-    found |= {name: (value, errors.get(name)) for name, value in (entry.get("rewards") or {}).items()}
+    found |= {name: (value, errors.get(name)) for name, value in sorted((entry.get("rewards") or {}).items())}
     found["diversity"] = (entry.get("diversity"), None)
     return {title: pair for title, pair in found.items() if pair[0] is not None}

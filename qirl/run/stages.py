@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from qirl.errors import UserError
+from qirl.run.probes import CALIBRATION, LEDGER, is_probe
 
 
 def stages_of(folders: Sequence[str | Path]) -> dict[str, Path]:
-    """Stage name to run folder, for run folders and for folders that hold some (in the order they were started).
+    """Stage name to run folder, for run folders and for folders that hold some: probes, then the others as they were started.
 
     Raises UserError for a folder that is neither.
     """
     found: list[Path] = []
     for folder in map(Path, folders):
-        if (folder / "metrics.jsonl").exists():
+        if (folder / "metrics.jsonl").exists() or is_probe(folder):
             found.append(folder)
             continue
         inside = [log.parent for log in folder.glob("*/metrics.jsonl")]
-        if not inside:
+        probes = {log.parent for name in (LEDGER, CALIBRATION) for log in folder.glob(f"*/{name}")} - set(inside)
+        if not inside and not probes:
             raise UserError(f"{folder} holds no run (no metrics.jsonl in it or one level below); check the path")
+        found += sorted(probes)
         found += sorted(inside, key=lambda run: (run / "config.yaml").stat().st_mtime)
     names = [run.resolve().name for run in found]
     return {name if names.count(name) == 1 else str(run): run for name, run in zip(names, found, strict=True)}
