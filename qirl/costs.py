@@ -16,16 +16,20 @@ from qirl.policy.packs import Layout, Prefix
 
 @dataclass(frozen=True)
 class Flops:
-    """matmul: 2 x weights x tokens of every linear layer; attention: 4 x width x (query, key) pairs of every block."""
+    """matmul: 2 x weights x tokens of every linear layer; attention: 4 x width x (query, key) pairs of every block.
+
+    inputs: the part of matmul that embeds tokens and noise levels, where gradients end.
+    """
 
     matmul: int = 0
     attention: int = 0
+    inputs: int = 0
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.matmul + other.matmul, self.attention + other.attention)
+        return Flops(self.matmul + other.matmul, self.attention + other.attention, self.inputs + other.inputs)
 
     def __mul__(self, times: int) -> Flops:
-        return Flops(self.matmul * times, self.attention * times)
+        return Flops(self.matmul * times, self.attention * times, self.inputs * times)
 
     def as_dict(self) -> dict[str, int]:
         return {"matmul": self.matmul, "attention": self.attention, "total": self.matmul + self.attention}
@@ -40,13 +44,13 @@ def forward_flops(c: QwenImage21Config, body: PackedBatch) -> Flops:
     prefix, targets, text = body.prefix_tokens, body.target_tokens, body.text.shape[0]
     block = 4 * w * w + 3 * c.mlp_ratio * w * w
     weights = c.num_layers * (prefix + targets) * block - prefix * (block - 2 * w * w)
-    weights += (
-        text * (c.context_in_dim + w) * w + (prefix - text + targets) * c.in_channels * w + targets * w * channels
-    )
     rows = len(body.lengths) + 1  # noise levels: each target's, and 0 for prefixes
-    weights += rows * (256 + w + 4 * w + (w if targets else 0)) * w
+    inputs = text * (c.context_in_dim + w) * w + (prefix - text + targets) * c.in_channels * w
+    inputs += rows * (256 + w + 4 * w) * w
+    outputs = (rows * w + targets * channels) * w if targets else 0
     last = _pairs(body.without_prefix()) if targets else 0
-    return Flops(2 * weights, 4 * w * ((c.num_layers - 1) * _pairs(body) + last))
+    attention = 4 * w * ((c.num_layers - 1) * _pairs(body) + last)
+    return Flops(2 * (weights + inputs + outputs), attention, 2 * inputs)
 
 
 def _pairs(body: PackedBatch) -> int:
@@ -54,11 +58,12 @@ def _pairs(body: PackedBatch) -> int:
 
 
 def training_flops(config: Section, model: QwenImage21, forward: Flops, tokens: int) -> Flops:
-    """Forward and backward: 3 x forward. Frozen weights need no gradients of their own: 2 x, plus the adapters' 3 x."""
+    """Forward and backward: 3 x forward. Frozen weights need no gradients of their own: 2 x (1 x where no adapter stands
+    before them), plus the adapters' 3 x."""
     if not config.model.lora.rank:
         return forward * 3
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return forward * 2 + Flops(3 * 2 * adapters * tokens)
+    return forward * 2 + Flops(3 * 2 * adapters * tokens - forward.inputs)
 
 
 def describe_packs(bodies: Sequence[PackedBatch], prefix: int | None = None) -> dict[str, int]:

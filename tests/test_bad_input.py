@@ -188,7 +188,7 @@ def test_guidance_without_an_unconditional_embedding(commands, model, tmp_path, 
         ("train", "policy.micro_tokens", 16),
         ("train", "flow.rollout_tokens", 16),
         ("evaluate", "evaluation.batch_tokens", 32),
-        ("pretrain", "pretrain.micro_tokens", 68),
+        ("pretrain", "pretrain.micro_tokens", 20),
     ],
 )
 def test_a_token_budget_smaller_than_one_sample(commands, tmp_path, command, option, need):
