@@ -1,0 +1,83 @@
+"""What the claims need of a model beside an evaluation; commands, so that they run as arms.
+
+python benchmarks/claims_models.py export RUN STEP OUT      the weights of a checkpoint as a model folder, in OUT/model
+python benchmarks/claims_models.py drift BASE RUN OUT.json  how far the velocities of RUN's model went from BASE's
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from qirl.config_sections import World
+from qirl.data.digits import UNIFORMS
+from qirl.data.world import make_world
+from qirl.engine import WORLD_FILE, find_model, world_facts
+from qirl.errors import UserError
+from qirl.models.weights import load_config, load_model, save_model
+from qirl.packing import Target, pack
+from qirl.run import checkpoint
+from qirl.run.folder import write_json
+
+STATES = 512  # examples at which velocities are compared
+SEED = 1_000_003
+
+
+def export(run: Path, step: int, out: Path) -> None:
+    """OUT/model: the weights that `run` (finished, all parameters trained) had at a kept checkpoint.
+
+    Raises UserError for a checkpoint that is not there or is not whole.
+    """
+    finished = find_model(str(run))
+    model = load_model(finished)
+    names = checkpoint.describe(path := run / f"checkpoints/step_{step:06d}")["tensors"]
+    part = "copies/ema" if any(name.startswith("copies/ema/") for name in names) else "weights"
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    if missing := [name for name in state if f"{part}/{name}" not in names]:
+        raise UserError(f"{path} has no '{missing[0]}'; its run trained adapters (set model.lora.rank=0)")
+    checkpoint.load(path, {part.split("/")[0]: {"ema": state} if part != "weights" else state})
+    shutil.rmtree(out / "model", ignore_errors=True)
+    save_model(load_config(finished), state, out / "model")
+    shutil.copy(finished / WORLD_FILE, out / "model")
+
+
+@torch.no_grad()
+def drift(base: Path, run: Path, out: Path, task: str = "t2i") -> None:
+    """OUT: {"velocity": mean squared difference of the conditional velocities, "relative": over the base's mean square}.
+
+    States are (1 - t) x + t noise of examples of the world that no run draws, t uniform in (0, 1).
+    """
+    facts = world_facts(find_model(str(base)))
+    world = make_world(World(task=task, text_dim=facts.get("text_dim", World().text_dim)))
+    generator = torch.Generator().manual_seed(SEED)
+    prompts, clean = world.training_examples(torch.rand(STATES, UNIFORMS, generator=generator).numpy())
+    t = torch.rand(STATES, generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    x = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
+    models = [load_model(find_model(str(path))).eval() for path in (base, run)]
+    away = size = 0.0
+    for first in range(0, STATES, 32):
+        own = range(first, first + 32)
+        targets = [Target(i, world.height, world.width) for i in range(len(own))]
+        body = pack([world.condition(prompts[i]) for i in own], targets)
+        before, after = (model(body, x[first : first + 32].flatten(0, 1), t[first : first + 32]) for model in models)
+        away += float((after - before).square().mean())
+        size += float(before.square().mean())
+    write_json(out, {"velocity": away / (STATES // 32), "relative": away / size})
+
+
+def main(command: str, first: str, second: str, third: str) -> None:
+    if command == "export":
+        export(Path(first), int(second), Path(third))
+    else:
+        drift(Path(first), Path(second), Path(third))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(f"claims: {error}") from None
