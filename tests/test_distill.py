@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from distill_runs import config, save_teacher
+from tiny_runs import CHANNELS
 
 from qirl.data.world import make_world
 from qirl.distill.schedule import order, teacher_of, turn_of
@@ -90,13 +91,13 @@ def oracle(own, lesson, student, teacher, base=None):
         one = Target(0, target.height, target.width)
         body = pack([lesson.conditions[target.prompt]], [one])
         null = pack([lesson.negatives[target.prompt]], [one]) if lesson.negatives else None
-        x = normal(stream, row, token, 24, 0, INITIAL).to(student.dtype)
+        x = normal(stream, row, token, CHANNELS, 0, INITIAL).to(student.dtype)
         states = []
         for node in range(flow.steps):  # the trajectory first: no gradient, no teacher
             step = Step(*(lesson.grid[i : i + 1, k] for k in (node, node + 1, 1)), modes[node, i : i + 1], flow.level)
             states.append((x, step))
             with torch.no_grad():
-                z = normal(stream, row, token, 24, node, TRANSITION)
+                z = normal(stream, row, token, CHANNELS, node, TRANSITION)
                 x, _ = flow_step(x, student(body, x, step.t), row, step, z=z)
         for node in lesson.nodes[i]:
             x, step = states[node]
@@ -210,7 +211,7 @@ def test_the_sde_weight_is_the_kl_of_two_transitions(prepare):
     own, lesson, _ = prepare({}, {"model": {"dtype": "float64"}})
     lengths = tuple(t.tokens for t in lesson.targets)
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    x, v, other = torch.randn(3, sum(lengths), 24, dtype=torch.float64)
+    x, v, other = torch.randn(3, sum(lengths), CHANNELS, dtype=torch.float64)
     for node in range(4):
         mode = torch.full((len(lengths),), MODES.index("sde"))
         step = Step(*(lesson.grid[:, k].double() for k in (node, node + 1, 1)), mode, 0.7)

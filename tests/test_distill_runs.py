@@ -17,7 +17,7 @@ from distill_runs import config, save_teacher, values
 from safetensors.torch import load_file, save_file
 from test_parallel import TORCHRUN
 from test_plan import counted
-from tiny_runs import merge, train_config
+from tiny_runs import CHANNELS, merge, train_config
 
 from qirl.config import load
 from qirl.distill.schedule import teacher_of
@@ -78,7 +78,7 @@ def velocity(model):
     from qirl.packing import Condition
 
     generator = torch.Generator().manual_seed(4)
-    text, x = torch.randn(3, 8, generator=generator), torch.randn(16, 24, generator=generator)
+    text, x = torch.randn(3, 8, generator=generator), torch.randn(16, CHANNELS, generator=generator)
     with torch.no_grad():
         return model(pack([Condition(text)], [Target(0, 4, 4)]), x, torch.tensor([0.6]))
 

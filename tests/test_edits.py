@@ -10,8 +10,9 @@ from qirl.data import digits, edits, latents
 from qirl.data.edits import EditSpec, parse_instruction, picture_of, wanted
 from qirl.data.prompts import FIRST_EDIT, Prompt
 from qirl.data.words import WordVectors, tokens
-from qirl.data.world import DigitsWorld
+from qirl.data.world import EDITED, DigitsWorld
 from qirl.errors import UserError
+from qirl.rewards.protocol import Sample
 
 
 def world(task="mixed") -> DigitsWorld:
@@ -122,10 +123,11 @@ def test_an_example_depends_on_its_own_uniforms_only():
 
 def test_examples_balance_the_categories_of_the_task():
     prompts, latents = world("mixed").training_examples(uniforms(8000))
-    assert latents.shape == (8000, 16, 24) and latents.dtype == torch.float32
+    assert latents.shape == (8000, 16, 16) and latents.dtype == torch.float32
     drawn = [digits.parse(p.text).category if not p.sources else p.category for p in prompts]
-    shares = [drawn.count(c) / 8000 for c in digits.CATEGORIES + edits.CATEGORIES]
-    assert np.abs(np.array(shares) - 1 / 8).max() < 0.02
+    for categories, share in ((digits.CATEGORIES, 1 - EDITED), (edits.CATEGORIES, EDITED)):
+        shares = [drawn.count(c) / 8000 for c in categories]
+        assert np.abs(np.array(shares) - share / 4).max() < 0.02
     assert all(p.sources for p in world("edit").training_examples(uniforms(50))[0])
     assert not any(p.sources for p in world("t2i").training_examples(uniforms(50))[0])
     for task in ("edit", "mixed"):
@@ -148,6 +150,27 @@ def test_an_examples_target_is_the_true_edit_of_its_sources():
         np.testing.assert_allclose(after, before, atol=0.02)
         if prompt.category == "compose":
             assert shown.paper == specs[1].paper != specs[0].paper and shown.ink == specs[0].ink
+
+
+def test_a_base_sees_copies_and_other_hands_among_true_edits():
+    u = uniforms(4000)
+    prompts, true = edits.examples(u)
+    again, flawed = edits.examples(u, flaws=True)
+    assert [(p.text, p.category) for p in prompts] == [(p.text, p.category) for p in again]
+    kinds = {"copied": [], "redrawn": [], "true": []}
+    for row, (prompt, asked, given) in enumerate(zip(prompts, true, flawed, strict=True)):
+        if np.array_equal(given, asked):
+            kinds["true"].append(row)
+        else:
+            kinds["copied" if np.array_equal(given, prompt.sources[0]) else "redrawn"].append(row)
+    for kind, share in edits.FLAWS.items():
+        assert abs(len(kinds[kind]) / 4000 - share) < 0.02
+    # another hand: the digits that were asked for in their colours, and other strokes
+    judge = world("edit").judge()
+    rows = kinds["redrawn"]
+    samples = [Sample(i, i, prompts[i].text, flawed[i], prompts[i].category, prompts[i].sources) for i in rows]
+    specs = judge._specs(samples)
+    assert judge.digits_correct(flawed[rows], specs).mean() > 0.9 and judge.correct(samples).mean() < 0.15
 
 
 def test_a_condition_holds_each_source_after_its_mark_and_then_the_instruction():

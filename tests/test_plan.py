@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import SDE, TEXT_DIM, architecture, colours, merge, pretrain_config, train_config
+from tiny_runs import CHANNELS, SDE, TEXT_DIM, architecture, colours, merge, pretrain_config, train_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from qirl.config import load
@@ -22,7 +22,7 @@ MATMULS = {torch.ops.aten.mm, torch.ops.aten.addmm}
 def conditions() -> list[Condition]:
     texts = [torch.randn(n, TEXT_DIM) for n in (3, 5)]
     layout = (("text", 2), ("image", 3, 4), ("text", 3))
-    return [Condition(texts[0]), Condition(texts[1], (torch.randn(12, 24),), layout)]
+    return [Condition(texts[0]), Condition(texts[1], (torch.randn(12, CHANNELS),), layout)]
 
 
 TARGETS = [Target(0, 4, 4), Target(0, 4, 4), Target(1, 3, 5)]
@@ -37,7 +37,7 @@ def counted(run) -> tuple[int, int]:
 
 
 def inputs(body):
-    return torch.randn(body.target_tokens, 24), torch.rand(len(body.lengths))
+    return torch.randn(body.target_tokens, CHANNELS), torch.rand(len(body.lengths))
 
 
 def test_forward_flops_of_a_pack_a_prefill_and_cached_targets():
@@ -60,7 +60,7 @@ def test_attention_flops_of_a_pack():
     with torch.device("meta"):
         model = QwenImage21(architecture())
     body = pack(conditions(), TARGETS, device="meta")
-    x, t = torch.empty(body.target_tokens, 24, device="meta"), torch.empty(3, device="meta")
+    x, t = torch.empty(body.target_tokens, CHANNELS, device="meta"), torch.empty(3, device="meta")
     with torch.no_grad():
         linear, everything = counted(lambda: model(body, x, t))
     expected = forward_flops(model.config, body)

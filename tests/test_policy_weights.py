@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from diffusers import QwenImage21Transformer2DModel
-from tiny_runs import SDE, colours, experience, pretrain_config, train_config
+from tiny_runs import CHANNELS, SDE, colours, experience, pretrain_config, train_config
 
 from qirl.config_sections import Timesteps
 from qirl.data.prompts import Prompt
@@ -155,7 +155,7 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base_bit_for_bit(ope
     assert first["kl"] == 0 and second["kl"] > 0 and "reference" not in trainer.engine.weights.copies
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora_" not in n)
     body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
-    x, t = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    x, t = torch.randn(16, CHANNELS, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     with torch.no_grad():
         with trainer.engine.weights.reference():
             assert torch.equal(model(body, x, t), base(body, x, t))
@@ -171,7 +171,7 @@ def test_lora_export_is_merged_and_runs_in_diffusers(opened):
     assert not any("lora" in n for n in theirs.state_dict())
     ours = load_model(folder)
     body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
-    x, t = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    x, t = torch.randn(16, CHANNELS, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     with torch.no_grad():
         adapted = trainer.engine.model(body, x, t)
         torch.testing.assert_close(ours(body, x, t), adapted, atol=1e-5, rtol=1e-5)  # W + BA rounded once to float32
@@ -234,8 +234,8 @@ def test_rollout_starts_from_the_noise_of_its_own_key(opened):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)  # matrix products of other sizes
     chosen = big.prompts.step(0, 4)
     own = stream(3, [chosen[1][0].id], [2], 0)
-    expected = normal(own, torch.zeros(16, dtype=torch.int64), torch.arange(16), 24, 0, INITIAL)
-    assert torch.equal(normal(a.stream, torch.full((16,), 5), torch.arange(16), 24, 0, INITIAL), expected)
+    expected = normal(own, torch.zeros(16, dtype=torch.int64), torch.arange(16), CHANNELS, 0, INITIAL)
+    assert torch.equal(normal(a.stream, torch.full((16,), 5), torch.arange(16), CHANNELS, 0, INITIAL), expected)
 
 
 def test_component_that_applies_to_later_prompts_only_joins_the_run(opened):

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from qirl import config as configuration
+from qirl.data.world import DigitsWorld
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.models.weights import save_model
 
 TEXT_DIM = 8
+CHANNELS = DigitsWorld.channels
 BASE = {
     "run": {"seed": 3, "steps": 4, "samples_every": 0, "checkpoint_every": 2, "threads": 1, "report": False},
     "world": {"text_dim": TEXT_DIM},
@@ -40,7 +42,7 @@ PRETRAIN = {
 
 def architecture() -> QwenImage21Config:
     return QwenImage21Config(
-        in_channels=24, out_channels=24, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         context_in_dim=TEXT_DIM, mlp_ratio=2, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ SIZE = 16  # pixels of a side
 PARTS = ("generator", "source", "reward", "judge")
 CUTS = (0, 45, 50, 75, 100)  # per cent of every digit's images where the parts begin and end
 CATEGORIES = ("plain", "colour", "background", "two_digits")
-UNIFORMS = 5  # category, prompt in it, first glyph, second glyph, and for edits the new colour or second source
+UNIFORMS = 6  # category, prompt in it, first glyph, second glyph; of edits the new colour or second source, the flaw
 
 
 @lru_cache(maxsize=1)
@@ -166,7 +166,7 @@ def bank(part: str) -> Bank:
 
 
 def examples(u: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Training examples of text-to-image: uniforms [B, 5] in [0, 1) -> B texts, uint8 [B, 16, 16, 3].
+    """Training examples of text-to-image: uniforms [B, UNIFORMS] in [0, 1) -> B texts, uint8 [B, 16, 16, 3].
 
     A pure function of `u`, row by row: its columns pick the category (all alike), the prompt in it (train and
     held-out alike) and the generator glyphs of the first and the second digit.
@@ -187,6 +187,6 @@ def examples(u: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def example(u: Sequence[float]) -> tuple[str, np.ndarray]:
-    """One training example from 5 uniforms in [0, 1): its text and its picture, uint8 [16, 16, 3]."""
+    """One training example from UNIFORMS uniforms in [0, 1): its text and its picture, uint8 [16, 16, 3]."""
     texts, pictures = examples(np.asarray(u)[None])
     return texts[0], pictures[0]

@@ -29,6 +29,7 @@ FORMS = {
 }
 CATEGORIES = tuple(FORMS)
 EXAMPLES = ("make it yellow", "turn the background white", FORMS["swap"][0], FORMS["compose"][0])
+FLAWS = {"copied": 0.15, "redrawn": 0.15}  # shares of the examples of a base, whose pairs are as good as collected ones
 SPLITS = {"held_out": (0, 40), "train": (40, 190)}  # prompts of a category, in an order fixed by a hash
 
 
@@ -133,19 +134,22 @@ def _task(operation: str, first: float, second: float) -> tuple[EditSpec, tuple[
     return EditSpec(operation), (source, picture_of((c,), *options[pair]))
 
 
-def _strokes(bank: Bank, edit: EditSpec, sources: Sequence[DigitSpec], draws: Sequence[float]) -> list[np.ndarray]:
-    """Coverage [16, 16] of every source and then of the wanted picture; `draws` pick the glyphs, in order."""
-    glyphs = [bank.pick(d, x) for d, x in zip([d for s in sources for d in s.digits], draws, strict=False)]
+def _strokes(bank: Bank, edit: EditSpec, sources: Sequence[DigitSpec], draws, others) -> list[np.ndarray]:
+    """Coverage [16, 16] of every source and then of the wanted picture; `draws` pick the sources' glyphs, in order,
+    `others` those of the picture."""
+    digits = [d for s in sources for d in s.digits]
+    glyphs, again = ([bank.pick(d, x) for d, x in zip(digits, own, strict=False)] for own in (draws, others))
     if edit.operation == "compose":
-        return [bank.cover(glyphs[:1]), bank.cover(glyphs[1:]), bank.cover(glyphs[:1])]
-    return [bank.cover(glyphs), bank.cover(glyphs[::-1] if edit.operation == "swap" else glyphs)]
+        return [bank.cover(glyphs[:1]), bank.cover(glyphs[1:]), bank.cover(again[:1])]
+    return [bank.cover(glyphs), bank.cover(again[::-1] if edit.operation == "swap" else again)]
 
 
-def _rendered(bank: Bank, rows: Sequence[tuple[EditSpec, tuple[DigitSpec, ...]]], draws) -> list[np.ndarray]:
-    """For each row its sources and, last, the true edit: uint8 [sources + 1, 16, 16, 3]; all painted at once."""
+def _rendered(bank: Bank, rows: Sequence[tuple[EditSpec, tuple[DigitSpec, ...]]], draws, others) -> list[np.ndarray]:
+    """For each row its sources and, last, the edit: uint8 [sources + 1, 16, 16, 3]; all painted at once. It is the true
+    one where `others` are the `draws` of the sources' glyphs."""
     covers, inks, papers, ends = [], [], [], []
-    for (edit, sources), own in zip(rows, draws, strict=True):
-        covers += _strokes(bank, edit, sources, own)
+    for (edit, sources), own, other in zip(rows, draws, others, strict=True):
+        covers += _strokes(bank, edit, sources, own, other)
         for spec in (*sources, wanted(edit, sources)):
             inks.append(INKS[spec.ink])
             papers.append(PAPERS[spec.paper])
@@ -154,15 +158,23 @@ def _rendered(bank: Bank, rows: Sequence[tuple[EditSpec, tuple[DigitSpec, ...]]]
     return np.split(pictures, ends[:-1])
 
 
-def examples(u: np.ndarray) -> tuple[list[Prompt], np.ndarray]:
-    """Training examples: uniforms [B, 5] in [0, 1) -> B prompts with sources, uint8 true edits [B, 16, 16, 3].
+def examples(u: np.ndarray, flaws: bool = False) -> tuple[list[Prompt], np.ndarray]:
+    """Examples: uniforms [B, UNIFORMS] in [0, 1) -> B prompts with sources, uint8 true edits [B, 16, 16, 3].
 
     A pure function of `u`, row by row: its columns pick the category (all alike), the first source and with it most of
     the instruction, the generator glyphs of the first and the second digit, and the new colour or the second source.
+
+    flaws: pairs as a base is trained on, by the last column. FLAWS["copied"] of them show the first source again,
+    FLAWS["redrawn"] the right digits in another hand: a base draws all three, and RL has to tell them apart.
     """
     u = np.asarray(u, dtype=np.float64)
     rows = [_task(CATEGORIES[int(row[0] * len(CATEGORIES))], row[1], row[4]) for row in u]
-    pictures = _rendered(bank("generator"), rows, u[:, 2:4])
+    copied = (u[:, -1] < FLAWS["copied"]) & flaws
+    redrawn = ~copied & (u[:, -1] < sum(FLAWS.values())) & flaws
+    draws = u[:, 2:4]
+    pictures = _rendered(bank("generator"), rows, draws, np.where(redrawn[:, None], (draws + 0.5) % 1, draws))
+    for row in np.flatnonzero(copied):
+        pictures[row][-1] = pictures[row][0]
     prompts = [
         Prompt(FIRST_EDIT, edit.text, edit.operation, tuple(own[:-1]))
         for (edit, _), own in zip(rows, pictures, strict=True)
@@ -191,7 +203,8 @@ def _prompts(split: str) -> tuple[Prompt, ...]:
     glyphs, chosen = bank("source" if split == "held_out" else "generator"), []
     for place, (category, tasks) in enumerate(_world().items()):
         own = tasks[start:end]
-        pictures = _rendered(glyphs, [task[:2] for task in own], [task[2] for task in own])
+        draws = [task[2] for task in own]
+        pictures = _rendered(glyphs, [task[:2] for task in own], draws, draws)
         for number, ((edit, *_), shown) in enumerate(zip(own, pictures, strict=True), start=start):
             chosen.append(Prompt(FIRST_EDIT + place * 1000 + number, edit.text, category, tuple(shown[:-1])))
     return tuple(chosen)

@@ -16,9 +16,11 @@ from qirl.errors import UserError
 from qirl.packing import Condition
 from qirl.rewards.protocol import Reward
 
+EDITED = 0.4  # share of edits among the examples of both tasks
+
 
 class DigitsWorld:
-    """Handwritten digits: word vectors for a text encoder, whitened patches for an autoencoder."""
+    """Handwritten digits: word vectors for a text encoder, strokes and colours for an autoencoder."""
 
     name = "digits"
     channels = latents.CHANNELS
@@ -92,17 +94,18 @@ class DigitsWorld:
     def training_examples(self, u: np.ndarray) -> tuple[list[Prompt], torch.Tensor]:
         """Prompts and latents [n, tokens, channels] of n examples, a pure function of uniforms [n, digits.UNIFORMS].
 
-        Row by row; the first uniform picks the category among those of self.task, all alike.
+        Row by row; the first uniform picks the category among those of self.task, all alike; with both tasks EDITED of the
+        examples are edits, which are learned sooner. Some edits are flawed (edits.FLAWS).
         """
         u = np.array(u, dtype=np.float64)
-        if self.task == "mixed":  # both tasks have four categories: half of the first uniform's range each
-            edit = u[:, 0] >= 0.5
-            u[:, 0] = 2 * u[:, 0] - edit
+        if self.task == "mixed":
+            edit = u[:, 0] < EDITED
+            u[:, 0] = np.where(edit, u[:, 0] / EDITED, (u[:, 0] - EDITED) / (1 - EDITED))
         else:
             edit = np.full(len(u), self.task == "edit")
         prompts: list[Prompt] = [None] * len(u)
         images = np.empty((len(u), digits.SIZE, digits.SIZE, 3), np.uint8)
-        for rows, make in ((np.flatnonzero(~edit), _drawn), (np.flatnonzero(edit), edits.examples)):
+        for rows, make in ((np.flatnonzero(~edit), _drawn), (np.flatnonzero(edit), _edited)):
             if len(rows):
                 own, images[rows] = make(u[rows])
                 for row, prompt in zip(rows, own, strict=True):
@@ -131,6 +134,10 @@ class DigitsWorld:
 def _drawn(u: np.ndarray) -> tuple[list[Prompt], np.ndarray]:
     texts, images = digits.examples(u)
     return [Prompt(0, text) for text in texts], images
+
+
+def _edited(u: np.ndarray) -> tuple[list[Prompt], np.ndarray]:
+    return edits.examples(u, flaws=True)
 
 
 def _is_instruction(text: str) -> bool:
