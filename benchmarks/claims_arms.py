@@ -23,7 +23,7 @@ from qirl.plan import plan
 from qirl.quickstart_results import best_of
 
 GUIDANCE = 2.0  # of the arms on the scope of guidance, where the recipe itself has none
-BASE_SCALES = (1.0, 2.0, 4.0)  # at one of these the base is taken to be best
+BASE_SCALES = (1.0, 2.0, 3.0, 4.0)  # at one of these the base is taken to be best
 QUARTERS = (1, 2, 3)  # of a run, at which its checkpoint is evaluated
 GROUPS = {"t2i": 88, "edit": 88, "mixed": 176}  # evaluated prompts: x 6 images, 528 of each task
 

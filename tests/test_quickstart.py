@@ -21,7 +21,9 @@ from qirl.evaluation.measure import measure
 from qirl.evaluation.statistics import mean_and_error
 from qirl.quickstart import STAGES, load_recipes, quickstart, train_base
 
-TOKENS = DigitsWorld.height * DigitsWorld.width  # of an image; the curation draws 4 prompts of 4 images at a time
+TOKENS = (
+    DigitsWorld.height * DigitsWorld.width
+)  # of an image; the curation draws 4 prompts of 4 images and their twins at a time
 SHORT = ["run.steps=2", "run.samples_every=2", "run.monitor_prompts=4", "flow.steps=4"]
 RL = [*SHORT, "policy.prompts=8", "policy.group=3", "policy.timesteps.count=2"]
 TINY = {
@@ -30,7 +32,7 @@ TINY = {
         "probe.prompts=16",
         "probe.group=4",
         "flow.steps=4",
-        f"flow.rollout_tokens={4 * 4 * TOKENS}",
+        f"flow.rollout_tokens={2 * 4 * 4 * TOKENS}",
         "curate.tau=0.001",
     ],
     "calibrate": ["flow.steps=4"],
@@ -112,7 +114,7 @@ def test_every_stage_is_evaluated_on_both_tasks_at_what_it_is_for(finished):
         assert set(stage["rewards"]) == {"digit", "attribute", "ink", "instruction", "identity"}
         assert "1" in stage["by_guidance"] and f"{stage['best_guidance']:g}" in stage["by_guidance"], name
     best = max((1.0, 2.0), key=lambda g: written["stages"]["base"]["by_guidance"][f"{g:g}"]["judge_accuracy"])
-    for_what = {"base": best, "t2i": 3.0, "edit": 2.0, "mix": 1.0, "student": 1.0}
+    for_what = {"base": best, "t2i": 3.0, "edit": 2.0, "mix": 2.0, "student": 1.0}
     assert {name: stage["guidance"] for name, stage in written["stages"].items()} == for_what
     assert {"1", "2"} <= set(written["stages"]["base"]["by_guidance"])
 
