@@ -25,7 +25,7 @@ from qirl.errors import UserError, nearest
 from qirl.paths import configs
 from qirl.run.cache import cached_folder, content_key
 from qirl.run.cache import folder as cache_folder
-from qirl.run.folder import write_json
+from qirl.run.folder import write_bytes, write_json
 from qirl.run.progress import Live
 
 STAGES = {  # folder: command and config, in the order in which they run
@@ -166,12 +166,16 @@ def train_readers(quiet: bool) -> None:
 def train_base(config: configuration.PretrainConfig, quiet: bool) -> bool:
     """The base in config.run.out: continued there, copied from the cache (then True), or trained and put into the cache."""
     out, key = Path(config.run.out), base_key(config)
-    found = cache_folder() / f"digits-base-{key[:16]}"
-    cached = found.is_dir() and not (out / "config.yaml").exists()
+    found, begun = cache_folder() / f"digits-base-{key[:16]}", (out / "config.yaml").exists()
+    mark = out.with_name(f"{out.name}.key")
+    cached = found.is_dir() and not begun
     if cached:
         _copy(found, out)
+    elif not begun:
+        write_bytes(mark, key.encode())
     api.pretrain(config, quiet)
-    cached_folder("digits-base", key, lambda path: shutil.copytree(out, path, dirs_exist_ok=True))
+    if mark.exists() and mark.read_text() == key:  # one begun by other code is not what this code makes
+        cached_folder("digits-base", key, lambda path: shutil.copytree(out, path, dirs_exist_ok=True))
     return cached
 
 

@@ -235,6 +235,16 @@ def test_the_base_comes_from_the_cache_where_its_content_is_known(finished, tmp_
     assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_a_base_that_other_code_began_does_not_enter_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QIRL_CACHE", str(tmp_path / "cache"))
+    config = load_recipes(tmp_path, 4, TINY)["base"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qirl.quickstart.base_key", lambda config: "0" * 64)
+        assert not train_base(config, quiet=True)
+    assert not train_base(config, quiet=True)  # continued: nothing is left to train
+    assert [p.name for p in (tmp_path / "cache").glob("digits-base-*") if p.is_dir()] == [f"digits-base-{'0' * 16}"]
+
+
 def test_ratings_of_hand_made_battles_are_told_by_task():
     """The student wins 30 of 40 on text-to-image and 10 of 40 on edits: 3 to 1 are 190.85 points."""
     source = (np.zeros((16, 16, 3), np.uint8),)
