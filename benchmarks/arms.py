@@ -1,7 +1,8 @@
 """Runs the arms of an experiment: commands that need each other's results, a few at a time, each of them once.
 
 An arm is started when what it needs is done; one that fails stops only those that need it. Ctrl-C stops all of them on a
-checkpoint, and the same call goes on. arms.json keeps what each arm was made from, and its wall time.
+checkpoint, and the same call goes on. arms.json keeps what each arm was made from, and its wall time; elapsed.json the time of
+all calls.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ class Arm:
     make: Callable[[], Job]
 
 
+def elapsed(folder: Path) -> float:
+    """Seconds of all calls so far."""
+    try:
+        return float(json.loads((folder / "elapsed.json").read_text()))
+    except (OSError, ValueError):
+        return 0.0
+
+
 def closure(arms: Mapping[str, Arm], wanted: Sequence[str]) -> list[Arm]:
     """The wanted arms and all that they need, directly or not, each after what it needs."""
     found: dict[str, Arm] = {}
@@ -64,7 +73,7 @@ def closure(arms: Mapping[str, Arm], wanted: Sequence[str]) -> list[Arm]:
 
 
 class Records:
-    """arms.json: {name: {"key", "seconds", "done", facts ...}}."""
+    """arms.json: {name: {"key", "seconds", "done", "made": when, facts ...}}."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -107,7 +116,8 @@ class Scheduler:
 
     def run(self) -> bool:
         """Whether every arm is done. KeyboardInterrupt passes on, once what ran was stopped."""
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        begun, stops = time.monotonic(), (signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, _interrupt) for number in stops}
         try:
             while self.waiting or self.running:
                 self._start_ready()
@@ -118,7 +128,9 @@ class Scheduler:
             self._stop()
             raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            write_json(self.folder / "elapsed.json", elapsed(self.folder) + time.monotonic() - begun)
         return not self.failed
 
     def _start_ready(self) -> None:
@@ -137,8 +149,8 @@ class Scheduler:
             if self._finished(arm.name, job, key):
                 self.done.add(arm.name)
                 return
-        except UserError as error:
-            self._fail(arm.name, str(error))
+        except (UserError, OSError, ValueError, KeyError) as error:  # what a need left behind may be damaged
+            self._fail(arm.name, f"{type(error).__name__}: {error}")
             return
         self.records.update(arm.name, key=key, done=False, **job.facts)
         logs = self.folder / "logs"
@@ -151,7 +163,8 @@ class Scheduler:
         self.running[arm.name] = _Running(process, time.monotonic(), job.product, logs / f"{stem}.err")
 
     def _key(self, arm: Arm, job: Job) -> str:
-        return content_key(job.recipe, [self.records.known[need]["key"] for need in arm.needs])
+        made = [[self.records.known[need][part] for part in ("key", "made")] for need in arm.needs]
+        return content_key(job.recipe, made)
 
     def _finished(self, name: str, job: Job, key: str) -> bool:
         """Whether it was done before. Raises UserError for the result of another recipe that cannot be made anew."""
@@ -173,7 +186,7 @@ class Scheduler:
                 continue
             seconds = self._settle(name)
             if code == 0 and own.product.exists():
-                self.records.update(name, done=True)
+                self.records.update(name, done=True, made=time.time())
                 self.done.add(name)
                 self._say(f"{name}: done in {seconds:.0f} s")
             else:

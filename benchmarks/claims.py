@@ -17,12 +17,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from arms import Records, Scheduler, closure
-from claims_arms import CLAIMS, Seed, Study
+from arms import Records, Scheduler, closure, elapsed
+from claims_arms import CLAIMS, PLAYERS, Seed, Study
 from claims_list import claims
 from claims_plots import plot
-from claims_results import Results
-from claims_tables import markdown, numbers, of_difference, verdicts
+from claims_results import Number, Results
+from claims_tables import LEGEND, markdown, numbers, of_difference, verdicts
 
 from qirl.errors import UserError
 from qirl.run.folder import check_writable, write_json
@@ -54,6 +54,7 @@ def text_of(results: Sequence[Results], wanted: Sequence[int], study: Study) -> 
     table = claims()
     parts = [
         "# Claims of the report, in miniature",
+        LEGEND,
         *(markdown(n, table[n], results) for n in wanted),
         footer(results, study),
     ]
@@ -61,7 +62,7 @@ def text_of(results: Sequence[Results], wanted: Sequence[int], study: Study) -> 
 
 
 def footer(results: Sequence[Results], study: Study) -> str:
-    """Wall time of the arms of these seeds, those that other claims share included."""
+    """Time of the arms of these seeds, those that other claims share included, and of the study."""
     known = results[0].known if results else {}
     names = {r.seed.folder.name for r in results}
     own = {name: arm for name, arm in known.items() if name.split("/")[0] in names}
@@ -69,11 +70,14 @@ def footer(results: Sequence[Results], study: Study) -> str:
     done = sum(bool(arm.get("done")) for arm in own.values())
     by_kind: dict[str, float] = {}
     for name, arm in own.items():
-        kind = "evaluation" if name.split("/")[1].startswith(("eval_", "arena", "drift_")) else "runs"
+        kind = "evaluation" if name.split("/")[1].startswith(("eval_", "arena", "drift_")) else "training"
         by_kind[kind] = by_kind.get(kind, 0.0) + arm.get("seconds", 0.0)
     shares = ", ".join(f"{kind} {spent / 60:.1f}" for kind, spent in sorted(by_kind.items()))
     scale = f" All steps x {study.scale:g}." if study.scale != 1 else ""
-    return f"{done} arms, {seconds / 60:.1f} minutes of wall time on {study.threads} threads each ({shares}).{scale}"
+    return (
+        f"{done} arms of {seconds / 60:.1f} minutes in all ({shares}), some at the same time: the study took "
+        f"{elapsed(study.out) / 60:.1f} minutes.{scale}"
+    )
 
 
 def record_of(results: Sequence[Results], wanted: Sequence[int], study: Study) -> dict:
@@ -81,9 +85,13 @@ def record_of(results: Sequence[Results], wanted: Sequence[int], study: Study) -
     table = claims()
     found = {}
     for n in wanted:
-        rows = [{"arm": row.arm, "measured": row.measured, "seeds": numbers(results, row.get)} for row in table[n].rows]
+        rows = [
+            {"arm": row.arm, "measured": row.measured, "seeds": plain(numbers(results, row.get))}
+            for row in table[n].rows
+        ]
         apart = [
-            {"difference": f"{own.arm} - {own.other}", "measured": own.measured, "seeds": of_difference(results, own)}
+            {"difference": f"{own.arm} - {own.other}", "measured": own.measured}
+            | {"seeds": plain(of_difference(results, own))}
             for own in table[n].differences
         ]
         found[str(n)] = {"title": table[n].title, "rows": rows, "differences": apart}
@@ -91,7 +99,11 @@ def record_of(results: Sequence[Results], wanted: Sequence[int], study: Study) -
         asked = [verdicts(r) for r in results]
         found["5"]["verdicts"] = [{question: own.yes for question, own in one.items()} for one in asked]
         scopes = ("overall", "t2i", "edit")
-        found["5"]["elo"] = [{scope: {n: r.elo(scope, n) for n in CLAIMS[5]} for scope in scopes} for r in results]
+        found["5"]["elo"] = [{scope: {n: r.elo(scope, n) for n in PLAYERS} for scope in scopes} for r in results]
+        others = [n for n in PLAYERS if n != "student"]
+        leads = lambda r: {scope: {n: r.elo_ahead(scope, "student", n) for n in others} for scope in scopes}  # noqa: E731
+        found["5"]["elo_ahead"] = [leads(r) for r in results]
+        found["5"]["guidance"] = [{n: r.playing(n) for n in PLAYERS} for r in results]
     arms = (
         {} if not results else {k: {f: v for f, v in own.items() if f != "key"} for k, own in results[0].known.items()}
     )
@@ -99,9 +111,14 @@ def record_of(results: Sequence[Results], wanted: Sequence[int], study: Study) -
         "machine": machine(),
         "seeds": [r.seed.seed for r in results],
         "scale": study.scale,
+        "minutes": round(elapsed(study.out) / 60, 1),
         "claims": found,
         "arms": arms,
     }
+
+
+def plain(found: Sequence[Number | None]) -> list[list[float] | None]:
+    return [number and [number.value, number.half] for number in found]
 
 
 def write(folder: Path, results: Sequence[Results], wanted: Sequence[int], study: Study) -> None:
@@ -126,6 +143,8 @@ def main(arguments: Sequence[str] | None = None, overrides: Mapping[str, Sequenc
     args = parser.parse_args(arguments)
     if args.workers < 1 or args.scale <= 0:
         parser.error("--workers must be 1 or more and --scale above 0")
+    if args.record and (args.claims != sorted(CLAIMS) or len(args.seeds) < 3 or args.scale != 1):
+        parser.error("--record keeps whole studies only: all claims, three seeds or more, --scale 1")
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     study = Study(args.out, args.scale, threads, overrides or {})
     try:

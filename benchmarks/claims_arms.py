@@ -20,7 +20,7 @@ from qirl.config import DistillConfig
 from qirl.config_sections import Section
 from qirl.paths import find_config
 from qirl.plan import plan
-from qirl.quickstart_results import best_of
+from qirl.quickstart_results import best_of, made_for
 
 GUIDANCE = 2.0  # of the arms on the scope of guidance, where the recipe itself has none
 BASE_SCALES = (1.0, 2.0, 3.0, 4.0)  # at one of these the base is taken to be best
@@ -31,7 +31,7 @@ COMMANDS = {"base": "pretrain", "curate": "curate", "calibrate": "calibrate"}
 STUDENTS = {
     "student": (),
     "student_of_base": (),
-    "student_one_node": ("distill.nodes=1",),
+    "student_one_node": ("distill.nodes=1", "distill.power=0"),  # any node alike, as the dense student's
 }
 RL = {  # arm: the config it varies, and how
     "t2i": ("t2i", ()),
@@ -57,7 +57,7 @@ CLAIMS = {  # what is evaluated for each claim
     3: ("base", "t2i", "t2i_shuffled", "unfiltered"),
     4: ("base", "t2i", "t2i_shuffled", "one_vector"),
     5: (*PLAYERS, "t2i_shuffled", "edit_shuffled"),
-    6: ("base", "student", "student_one_node"),
+    6: ("base", "student_of_base", "student", "student_one_node"),
 }
 
 
@@ -160,10 +160,13 @@ class Seed:
             return COMMANDS[name], config, [*shared, "world.task=mixed", *own, *self._options(config)]
         config, sets = RL[name]
         own = [base]
-        if name != "unfiltered":
-            own.append(f"world.prompts={self.path('curate') / 'curated.jsonl'}")
-        if name != "one_vector":
-            own += [f"advantage.calibration={self.path('calibrate') / 'calibration.json'}", "advantage.weights={}"]
+        curated = "everything" if name == "unfiltered" else "curate"
+        weighed = "one_vector_weights" if name == "one_vector" else "calibrate"
+        own += [
+            f"world.prompts={self.path(curated) / 'curated.jsonl'}",
+            f"advantage.calibration={self.path(weighed) / 'calibration.json'}",
+            "advantage.weights={}",
+        ]
         if name in ("scope_rollout", "scope_both"):
             own.append(f"flow.guidance={self.guidance(name)}")
         return "train", config, [*shared, *own, *self._options(config), *sets]
@@ -219,14 +222,8 @@ class Seed:
     def playing(self) -> dict[str, float]:
         """The scale at which each player is in the arena: the base's best one, what teachers are distilled at."""
         found = json.loads((self.path("base") / "evaluation.json").read_text())["guidance"]
-        taught = {task: self.taught(task) for task in ("t2i", "edit")}
-        return {
-            "base": float(best_of(found)),
-            **taught,
-            "mix": self.guidance("mix"),
-            "student": 1.0,
-            "student_of_base": 1.0,
-        }
+        others = made_for({"student": self.recipe("distill"), "mix": self.recipe("mix")})
+        return {"base": float(best_of(found)), **others, "student_of_base": 1.0}
 
     def arena_job(self) -> Job:
         paths = {name: str(self.path(name)) for name in PLAYERS}
@@ -257,8 +254,11 @@ class Seed:
         """Every arm of this seed by its name, seed_S/NAME: runs, their evaluations (eval_NAME), drifts, the arena."""
         needs = {"base": (), "curate": ("base",), "calibrate": ("base", "curate")}
         needs |= {name: ("base", "curate", "calibrate") for name in RL if self.alias(name) == name}
+        needs["unfiltered"] += ("everything",)
+        needs["one_vector"] += ("one_vector_weights",)
         needs |= {name: ("base", "curate", "calibrate", "t2i", "edit") for name in STUDENTS}
         made = {name: (own, lambda name=name: self.run_job(name)) for name, own in needs.items()}
+        tools = {"everything": ("curate", "curated.jsonl"), "one_vector_weights": ("calibrate", "calibration.json")}
         for name in TRACKED:
             for k in QUARTERS:
                 made[f"{name}_quarter_{k}"] = ((name,), lambda name=name, k=k: self.export_job(name, k))
@@ -269,6 +269,11 @@ class Seed:
             out = self.path(name) / "drift.json"
             tool = lambda name=name, out=out: self.tool_job(out, "drift", self.path("base"), self.path(name), out)  # noqa: E731
             made[f"drift_{name}"] = (("base", name), tool)
+        for name, (need, product) in tools.items():
+            tool = lambda name=name, need=need, product=product: self.tool_job(  # noqa: E731
+                self.path(name) / product, name, self.path(need), self.path(name) / product
+            )
+            made[name] = ((need,), tool)
         made["arena"] = (tuple(f"eval_{name}" for name in PLAYERS), self.arena_job)
         own = self.folder.name
         return {

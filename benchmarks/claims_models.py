@@ -1,18 +1,27 @@
-"""What the claims need of a model beside an evaluation; commands, so that they run as arms.
+"""What the claims need beside runs and evaluations; commands, so that they run as arms.
 
 python benchmarks/claims_models.py export RUN STEP OUT      the weights of a checkpoint as a model folder, in OUT/model
 python benchmarks/claims_models.py drift BASE RUN OUT.json  how far the velocities of RUN's model went from BASE's
+python benchmarks/claims_models.py everything CURATE OUT    all prompts of a curation, as a prompt file
+python benchmarks/claims_models.py one_vector_weights CALIBRATE OUT    a calibration with one vector of weights for all
+                                                            categories of a task: their mean; the scales stay
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
 from qirl.config_sections import World
+from qirl.curation.curate import write_prompts
+from qirl.curation.ledger import NAME as LEDGER
+from qirl.curation.ledger import Ledger
+from qirl.data import edits
 from qirl.data.digits import UNIFORMS
 from qirl.data.world import make_world
 from qirl.engine import WORLD_FILE, find_model, world_facts
@@ -69,11 +78,37 @@ def drift(base: Path, run: Path, out: Path, task: str = "t2i") -> None:
     write_json(out, {"velocity": away / (STATES // 32), "relative": away / size})
 
 
-def main(command: str, first: str, second: str, third: str) -> None:
-    if command == "export":
-        export(Path(first), int(second), Path(third))
-    else:
-        drift(Path(first), Path(second), Path(third))
+def everything(curated: Path, out: Path) -> None:
+    """OUT: the prompts of a curation, those that it kept and those that it dropped."""
+    _, rows = Ledger(curated / LEDGER).read()
+    known = {row["id"] for row in rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_prompts(out, [p for p in make_world(World(task="mixed")).prompts("train") if p.id in known])
+
+
+def one_vector_weights(calibrated: Path, out: Path) -> None:
+    """OUT: the calibration with every category's weights replaced by their mean over the categories of the same components.
+
+    A component that does not apply to a category (the colours of plain digits) gives its weight to the others.
+    """
+    record = json.loads((calibrated / "calibration.json").read_text())
+    given: dict[tuple[bool, str], list[float]] = {}
+    for category, own in record["categories"].items():
+        for name, component in own["components"].items():
+            given.setdefault((category in edits.CATEGORIES, name), []).append(component["weight"])
+    for category, own in record["categories"].items():
+        mean = {name: statistics.fmean(given[category in edits.CATEGORIES, name]) for name in own["components"]}
+        for name, component in own["components"].items():
+            component["weight"] = mean[name] / sum(mean.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, record)
+
+
+COMMANDS = {"export": export, "drift": drift, "everything": everything, "one_vector_weights": one_vector_weights}
+
+
+def main(command: str, *arguments: str) -> None:
+    COMMANDS[command](*(int(x) if x.isdigit() else Path(x) for x in arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One picture a claim: dots are seeds, bars their mean; claim 2 over the steps of the run."""
+"""One picture a claim: dots are seeds with their 95 % intervals, bars the mean; claim 2 over the steps of the run."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def _bars(figure: Figure, claim: Claim, results: Sequence[Results]) -> None:
     for axes, measured in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         rows = [row for row in claim.rows if row.measured == measured]
         for place, row in enumerate(rows):
-            values = [own.value for own in numbers(results, row.get) if own is not None]
-            if values:
-                axes.bar(place, sum(values) / len(values), color=COLOURS["judge"], alpha=0.4)
-                axes.plot([place] * len(values), values, "o", color=COLOURS["judge"], markersize=4)
+            found = [own for own in numbers(results, row.get) if own is not None]
+            if found:
+                axes.bar(place, sum(own.value for own in found) / len(found), color=COLOURS["judge"], alpha=0.4)
+            for k, own in enumerate(found):
+                apart = place + 0.25 * (k - (len(found) - 1) / 2)
+                axes.errorbar(apart, own.value, own.half, fmt="o", color=COLOURS["judge"], markersize=4, linewidth=1)
         axes.set_xticks(range(len(rows)), [row.arm for row in rows], rotation=40, ha="right", fontsize=8)
         axes.set_title(f"held-out {measured}", fontsize=10)
         axes.grid(axis="y", alpha=0.3)

@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from claims_arms import BASE_SCALES, QUARTERS, Seed, scope_guidance
+import numpy as np
+from claims_arms import QUARTERS, Seed, scope_guidance
 
 from qirl.evaluation.arena import ahead
+from qirl.evaluation.statistics import interval
+
+By = Mapping[tuple[int, int], float]  # (prompt, how often it came before): the mean over its images
 
 
-class Number(NamedTuple):
-    """A value and half the width of its 95 % interval (NaN where there is none)."""
+@dataclass(frozen=True)
+class Number:
+    """A value and half the width of its 95 % interval (NaN where there is none); of a mean over prompts, what each gave."""
 
     value: float
     half: float = math.nan
+    by: By = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def over(cls, by: By) -> Number:
+        """The mean, its interval clustered by prompt."""
+        own = interval(np.array(list(by.values())), np.array([prompt for prompt, _ in by]))
+        return cls(own["value"], (own["high"] - own["low"]) / 2, by)
 
     def __str__(self) -> str:
         if isinstance(self.value, int):  # a count
@@ -31,9 +44,13 @@ class Number(NamedTuple):
 Getter = Callable[["Results"], "Number | None"]
 
 
-def minus(a: Number | None, b: Number | None) -> Number | None:
-    """a - b, its interval as if the two were independent. On shared prompts and noise that is too wide, not too narrow."""
-    return None if a is None or b is None else Number(a.value - b.value, math.hypot(a.half, b.half))
+def minus(a: Number | None, b: Number | None, times: float = 1.0) -> Number | None:
+    """a - times * b; paired, for both answered the same prompts from the same noise. Without prompts there is no interval."""
+    if a is None or b is None:
+        return None
+    if a.by and a.by.keys() == b.by.keys():
+        return Number.over({key: value - times * b.by[key] for key, value in a.by.items()})
+    return Number(a.value - times * b.value)
 
 
 def mean(numbers: Sequence[Number | None]) -> Number | None:
@@ -41,6 +58,8 @@ def mean(numbers: Sequence[Number | None]) -> Number | None:
     values = [number.value for number in numbers if number is not None]
     if not values:
         return None
+    if len(set(values)) == 1 and isinstance(values[0], int):
+        return Number(values[0])
     return Number(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
 
 
@@ -68,33 +87,48 @@ class Results:
 
     def judge(self, name: str, task: str, guidance: float) -> Number | None:
         """The held-out judge's share of right images."""
-        return _number(self._task(name, task, guidance).get("judge_accuracy"))
+        return self.component(name, task, guidance, "judge_accuracy")
 
     def component(self, name: str, task: str, guidance: float, component: str) -> Number | None:
-        return _number(self._task(name, task, guidance).get("rewards", {}).get(component))
+        """Of the prompts that the component applies to."""
+        by = {key: own[component] for key, own in self._prompts(name, task, guidance).items() if component in own}
+        return Number.over(by) if by else None
 
     def reward(self, name: str, task: str, guidance: float) -> Number | None:
-        """The trained rewards of held-out prompts, weighted as in the task's recipe; its interval is at most that wide."""
-        found = self._task(name, task, guidance).get("rewards", {})
+        """The trained rewards of held-out prompts: of each prompt those that apply, weighted as in the task's recipe."""
         weights = self.seed.recipe(task).advantage.weights
-        parts = [(weights.get(key, 1.0), _number(own)) for key, own in found.items()]
-        total = sum(weight for weight, part in parts if part)
-        if not total:
-            return None
-        return Number(*(sum(w * part[i] for w, part in parts if part) / total for i in (0, 1)))
+        by = {}
+        for key, own in self._prompts(name, task, guidance).items():
+            parts = [(weight, own[component]) for component, weight in weights.items() if component in own]
+            if total := sum(weight for weight, _ in parts):
+                by[key] = sum(weight * value for weight, value in parts) / total
+        return Number.over(by) if by else None
 
-    def _task(self, name: str, task: str, guidance: float) -> dict:
-        return self.evaluation(name).get(f"{guidance:g}", {}).get("by_task", {}).get(task, {})
+    def _prompts(self, name: str, task: str, guidance: float) -> dict[tuple[int, int], dict[str, float]]:
+        """What every prompt of a task gave, by (prompt, how often it came before)."""
+        table = self.evaluation(name).get(f"{guidance:g}", {}).get("by_prompt", {"id": [], "task": []})
+        seen: Counter[int] = Counter()
+        found = {}
+        for place, (prompt, own) in enumerate(zip(table["id"], table["task"], strict=True)):
+            if own == task:
+                values = {k: column[place] for k, column in table.items() if k not in ("id", "task")}
+                found[prompt, seen[prompt]] = {k: value for k, value in values.items() if value is not None}
+                seen[prompt] += 1
+        return found
 
     def best(self, measure: str, task: str) -> tuple[float, Number] | None:
         """(scale, value) of the base at the scale at which it is best in "judge" or "reward" of a task."""
-        found = [(scale, getattr(self, measure)("base", task, scale)) for scale in BASE_SCALES]
+        found = [(scale, getattr(self, measure)("base", task, scale)) for scale in self.seed.scales("base")]
         found = [(scale, value) for scale, value in found if value is not None]
         return max(found, key=lambda own: own[1].value, default=None)
 
     def best_base(self, measure: str, task: str) -> Number | None:
         found = self.best(measure, task)
         return found and found[1]
+
+    def best_scale(self, measure: str, task: str) -> Number | None:
+        found = self.best(measure, task)
+        return found and Number(found[0])
 
     def scope(self) -> float:
         return scope_guidance(self.seed.recipe("t2i"))
@@ -103,12 +137,14 @@ class Results:
         return self.seed.guidance(task)
 
     def fact(self, name: str, key: str) -> Number | None:
-        """ "steps", "flops" or "seconds" of an arm's run."""
+        """A fact of an arm's run, such as "steps"."""
         value = self._done(self.seed.alias(name)).get(key)
         return None if value is None else Number(value)
 
     def kl(self, name: str) -> Number | None:
         """The squared distance of velocities to the frozen base in the last ten training steps, as the run logs it."""
+        if not self._done(self.seed.alias(name)):
+            return None
         try:
             lines = (self.seed.path(name) / "metrics.jsonl").read_text().splitlines()[-10:]
             values = [record["kl"] for record in map(json.loads, lines) if record.get("kl") is not None]
@@ -149,10 +185,3 @@ class Results:
             for own, step in places
             if step is not None
         ]
-
-
-def _number(entry: dict | None) -> Number | None:
-    if entry is None or entry.get("value") is None:
-        return None
-    wide = entry.get("low") is None or entry.get("high") is None
-    return Number(entry["value"], math.nan if wide else (entry["high"] - entry["low"]) / 2)

@@ -1,6 +1,4 @@
-"""The claims as Markdown: a cell is a seed's value ± half its 95 % interval (clustered by prompt), the last column mean ±
-standard deviation over seeds. Nothing is left out because it contradicts the report.
-"""
+"""The claims as Markdown. Nothing is left out because it contradicts the report."""
 
 from __future__ import annotations
 
@@ -8,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from claims_arms import PLAYERS
-from claims_list import TASKS, Claim, Difference
+from claims_list import LOST, TASKS, Claim, Difference
 from claims_results import Getter, Number, Results, mean, minus
 
-KEPT = 0.95  # of each teacher's score, that the student is to reach
+KEPT = 1 - LOST  # of each teacher's score, that the student is to reach
+LEGEND = (
+    "± in a seed's column is half a 95 % interval over prompts (images of one prompt count as one cluster); differences are "
+    "paired, prompt by prompt, for all arms answer the same prompts from the same noise. ± behind a mean is the standard "
+    "deviation over seeds. Only two plain prompts are held out: a quarter of the drawings are theirs. Recipes were chosen with "
+    "the held-out judge on seed 0; the other seeds saw no choice. 30 % of the base's edit pairs are flawed on purpose "
+    "(copies, other hands), so part of what RL gains on edits is telling those apart."
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,20 @@ def verdicts(r: Results) -> dict[str, Verdict]:
 def _keeps(student: Number | None, teacher: Number | None) -> Verdict:
     if student is None or teacher is None:
         return Verdict(None)
-    yes = student.value >= KEPT * teacher.value
-    share = f" ({student.value / teacher.value:.1%})" if teacher.value else ""
-    return Verdict(yes, ("yes" if yes else "**no**") + share)
+    over = minus(student, teacher, KEPT)
+    share = f"{student.value / teacher.value:.1%}, " if teacher.value else ""
+    return _verdict(over, share)
 
 
 def _beats(student: Number | None, other: Number | None) -> Verdict:
     ahead = minus(student, other)
-    if ahead is None:
-        return Verdict(None)
-    return Verdict(ahead.value > 0, f"{'yes' if ahead.value > 0 else '**no**'} ({_signed(ahead)})")
+    return Verdict(None) if ahead is None else _verdict(ahead)
+
+
+def _verdict(over: Number, before: str = "") -> Verdict:
+    """By the sign of `over`; "not clear" where its interval holds 0."""
+    clear = "" if abs(over.value) > over.half else ", not clear"
+    return Verdict(over.value >= 0, f"{'yes' if over.value >= 0 else '**no**'} ({before}{_signed(over)}{clear})")
 
 
 def _signed(number: Number) -> str:
@@ -83,7 +92,7 @@ def markdown(number: int, claim: Claim, results: Sequence[Results]) -> str:
         lines.append([row.arm, row.measured, *map(_cell, found), _cell(mean(found))])
     parts = [f"## {number}. {claim.title}", f"The report: {claim.says}", claim.notes]
     parts.append(table(["arm", "measured", *seeds, "mean"], lines))
-    parts.append("Differences, expected above 0; intervals as if independent:")
+    parts.append("Differences:")
     parts.append(table(["difference", "measured", *seeds, "mean", "as the report says"], _differences(claim, results)))
     if number == 5:
         parts += _student_tables(results, seeds)
@@ -95,8 +104,10 @@ def _differences(claim: Claim, results: Sequence[Results]) -> list[list[str]]:
     for own in claim.differences:
         found = of_difference(results, own)
         known = [n for n in found if n is not None]
-        above = sum(n.value > 0 for n in known)
+        low = [minus(own.a(r), own.b(r), 1 - own.kept) for r in results]
+        above = sum(n.value > 0 for n in low if n is not None)
         said = f"{above} of {len(known)} seeds" if known else "-"
+        said += f" (at most {own.kept:.0%} less)" if known and own.kept else ""
         lines.append([f"{own.arm} - {own.other}", own.measured, *map(_cell, found), _cell(mean(found)), said])
     return lines
 

@@ -34,6 +34,7 @@ def evaluate_stages(recipes: Mapping[str, Section], quiet: bool) -> dict:
     for name, own in found["models"].items():
         own = {scale: row for scale, row in sorted({**scanned, **own}.items(), key=_scale)} if name == "base" else own
         best = float(best_of(own))
+        own = {scale: {k: v for k, v in row.items() if k != "by_prompt"} for scale, row in own.items()}
         stages[name] = own[f"{scales[name]:g}"] | {"guidance": scales[name], "best_guidance": best, "by_guidance": own}
     return {"stages": stages, **elo_of(found["arena"])}
 

@@ -111,6 +111,22 @@ def test_an_arm_whose_folder_was_deleted_is_run_again(tmp_path):
     assert run(tmp_path, arm)[0] and log(tmp_path) == ["arm", "arm"]
 
 
+def test_what_needs_an_arm_that_was_made_again_is_made_again(tmp_path):
+    arms = (shell(tmp_path, "base"), shell(tmp_path, "eval", ["base"], repeats=True))
+    assert run(tmp_path, *arms)[0]
+    (tmp_path / "base/product").unlink()
+    assert run(tmp_path, *arms)[0] and run(tmp_path, *arms)[0]
+    assert log(tmp_path) == ["base", "eval", "base", "eval"]
+
+
+def test_a_need_that_left_damaged_results_fails_only_what_reads_them(tmp_path):
+    def make():
+        return json.loads("{")
+
+    good, scheduler = run(tmp_path, Arm("reader", (), make), shell(tmp_path, "other"))
+    assert not good and "JSONDecodeError" in scheduler.failed["reader"] and log(tmp_path) == ["other"]
+
+
 def test_results_of_another_recipe_are_refused_or_made_anew_also_further_down(tmp_path):
     def arms(recipe):
         return (
@@ -245,9 +261,11 @@ def test_every_arm_s_config_is_accepted_and_differs_as_it_says(tmp_path):
     own = Seed(Study(tmp_path), 7)
     loaded = {name: own._load(name) for name in (*claims_arms.RL, *claims_arms.STUDENTS, "base", "curate", "calibrate")}
     assert all(config.run.seed == 7 for config in loaded.values())
-    assert loaded["unfiltered"].world.prompts is None and loaded["t2i"].world.prompts.endswith("curated.jsonl")
-    assert loaded["one_vector"].advantage.calibration is None and loaded["one_vector"].advantage.weights
-    assert loaded["unfiltered"].advantage.calibration and not loaded["unfiltered"].advantage.weights
+    assert loaded["t2i"].world.prompts.endswith("/curate/curated.jsonl")
+    assert loaded["unfiltered"].world.prompts.endswith("/everything/curated.jsonl")
+    assert loaded["one_vector"].advantage.calibration.endswith("/one_vector_weights/calibration.json")
+    assert loaded["unfiltered"].advantage.calibration == loaded["t2i"].advantage.calibration
+    assert loaded["student_one_node"].distill.nodes == 1 and loaded["student_one_node"].distill.power == 0
     assert (loaded["scope_both"].guidance.scope, loaded["scope_none"].flow.guidance) == ("both", 1)
     assert loaded["all_nodes"].policy.timesteps.count == loaded["t2i"].policy.timesteps.count
     teachers = loaded["student_of_base"].distill.teachers
@@ -274,24 +292,20 @@ def test_arms_of_one_task_answer_the_prompts_that_players_of_both_answer(tmp_pat
 # ---- tables
 
 
-def entry(value, half=0.02):
-    return {"value": value, "low": value - half, "high": value + half}
+def table_of(tasks, judge, reward):
+    """by_prompt of an evaluation: four prompts a task, whose values are 0.01 apart."""
+    components = {"t2i": ("digit", "attribute", "ink"), "edit": ("instruction", "identity", "ink")}
+    rows = [(task, place, 0.01 * (place - 1.5)) for task in tasks for place in range(4)]
+    table = {"id": list(range(len(rows))), "task": [task for task, *_ in rows]}
+    table["judge_accuracy"] = [judge + off for *_, off in rows]
+    for name in sorted({name for task in tasks for name in components[task]}):
+        table[name] = [reward + off if name in components[task] else None for task, _, off in rows]
+    return table
 
 
 def wrote(out, seed, name, judge, reward, scales=("1", "2"), tasks=("t2i", "edit"), rise=0.0):
     """evaluation.json of an arm by hand; at scale 2 everything is higher by `rise`."""
-    components = {"t2i": ("digit", "attribute", "ink"), "edit": ("instruction", "identity", "ink")}
-    own = {}
-    for place, scale in enumerate(scales):
-        own[scale] = {
-            "by_task": {
-                task: {
-                    "judge_accuracy": entry(judge + place * rise),
-                    "rewards": dict.fromkeys(components[task], entry(reward + place * rise)),
-                }
-                for task in tasks
-            }
-        }
+    own = {s: {"by_prompt": table_of(tasks, judge + i * rise, reward + i * rise)} for i, s in enumerate(scales)}
     folder = out / f"seed_{seed}" / name
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps({"guidance": own}))
@@ -315,10 +329,10 @@ def half_done(tmp_path):
 def test_claim_5_says_yes_or_no_for_each_seed_and_nothing_where_numbers_miss(half_done):
     first, second, third = (verdicts(r) for r in claims.results_of(half_done, [0, 1, 2]))
     assert [own.yes for own in first.values()] == [True, True, True, False, True, False]
-    assert first["judge, t2i: at least 95% of the teacher's"].text == "yes (96.2%)"
+    assert first["judge, t2i: at least 95% of the teacher's"].text == "yes (96.2%, +0.010 ± 0.001)"
     # the base is best at guidance 4, with a reward of 0.55 + 2 x 0.1
-    assert first["reward, t2i: above the base at its best guidance"].text == "yes (+0.050 ± 0.028)"
-    assert first["reward, t2i: above the student of the base"].text == "**no** (-0.020 ± 0.028)"
+    assert first["reward, t2i: above the base at its best guidance"].text == "yes (+0.050 ± 0.000)"
+    assert first["reward, t2i: above the student of the base"].text == "**no** (-0.020 ± 0.000)"
     assert [own.yes for own in second.values()] == [None, None, False, None, False, None]
     assert all(own.yes is None and own.text == "-" for own in third.values())
 
@@ -328,11 +342,11 @@ def test_tables_show_what_is_there_and_a_dash_where_nothing_is(half_done, capsys
     assert claims.main(["--out", str(out), "--tables", "--seeds", "0", "1", "2"]) == 0
     text = (out / "results/claims.md").read_text()
     assert text == capsys.readouterr().out.removesuffix("\n")
-    assert "| student | judge, t2i | 0.770 ± 0.020 | 0.400 ± 0.020 | - | 0.585 ± 0.262 |" in text
-    assert "| base, best guidance | judge, t2i | 0.700 ± 0.020 | 0.500 ± 0.020 | - |" in text
+    assert "| student | judge, t2i | 0.770 ± 0.021 | 0.400 ± 0.021 | - | 0.585 ± 0.262 |" in text
+    assert "| base, best guidance | judge, t2i | 0.700 ± 0.021 | 0.500 ± 0.021 | - |" in text
     assert "| mix, as trained | judge, edit | - | - | - | - |" in text
-    assert "| student - base, best guidance | reward, t2i | 0.050 ± 0.028 | -0.050 ± 0.028 | - |" in text
-    assert "1 of 2 seeds" in text and "14 arms, 7.0 minutes" in text
+    assert "| student - base, best guidance | reward, t2i | 0.050 ± 0.000 | -0.050 ± 0.000 | - |" in text
+    assert "1 of 2 seeds" in text and "14 arms of 7.0 minutes" in text
     record = json.loads((out / "results/claims.json").read_text())
     assert record["seeds"] == [0, 1, 2] and set(record["claims"]) == set("123456")
     assert record["claims"]["5"]["verdicts"][2] == dict.fromkeys(record["claims"]["5"]["verdicts"][0])
@@ -354,27 +368,29 @@ def test_an_evaluation_that_is_not_done_does_not_count(half_done):
     assert results.judge("student", "t2i", 1.0) is None and results.judge("t2i", "t2i", 2.0) is not None
 
 
-def test_the_reward_is_weighted_as_in_the_recipe(tmp_path):
+def test_the_reward_is_weighted_as_in_the_recipe_by_what_applies_to_a_prompt(tmp_path):
     study = Study(tmp_path, overrides={"t2i": ["advantage.weights={digit: 3, attribute: 1, ink: 0}"]})
     known = wrote(tmp_path, 0, "t2i", 0.5, 0.5, ("1",), ("t2i",))
     path = tmp_path / "seed_0/t2i/evaluation.json"
     record = json.loads(path.read_text())
-    record["guidance"]["1"]["by_task"]["t2i"]["rewards"] = {
-        "digit": entry(0.8, 0.04),
-        "attribute": entry(0.4, 0.0),
-        "ink": entry(0.1, 0.9),
-    }
+    record["guidance"]["1"]["by_prompt"] |= {"digit": [0.8] * 4, "attribute": [0.4, 0.4, 0.4, None], "ink": [0.1] * 4}
     path.write_text(json.dumps(record))
     found = Results(Seed(study, 0), known).reward("t2i", "t2i", 1.0)
-    assert found == pytest.approx((0.7, 0.03))
+    assert list(found.by.values()) == pytest.approx([0.7, 0.7, 0.7, 0.8]) and found.value == pytest.approx(0.725)
+    assert found.half == pytest.approx(3.182 * 0.025, rel=1e-3)  # t of three degrees of freedom, standard error 0.025
 
 
-def test_differences_are_as_if_independent_and_means_have_the_spread_of_seeds():
-    assert minus(Number(0.7, 0.03), Number(0.5, 0.04)) == pytest.approx((0.2, 0.05))
-    assert minus(None, Number(1.0)) is None and minus(Number(1.0), None) is None
-    assert mean([Number(1.0, 0.1), None, Number(3.0, 0.1)]) == pytest.approx((2.0, 2**0.5))
+def test_differences_are_paired_by_prompt_and_means_have_the_spread_of_seeds():
+    a = Number.over({(0, 0): 0.9, (1, 0): 0.5, (1, 1): 0.5})
+    b = Number.over({(0, 0): 0.7, (1, 0): 0.3, (1, 1): 0.3})
+    assert minus(a, b).value == pytest.approx(0.2) and minus(a, b).half < 1e-9 < a.half
+    assert minus(a, b, 0.5).value == pytest.approx(a.value - b.value / 2)
+    other = Number.over({(0, 0): 0.7, (2, 0): 0.3})
+    assert str(minus(a, other)) == f"{a.value - other.value:.3f}"  # other prompts: no interval
+    assert minus(None, b) is None and minus(a, None) is None
+    assert mean([Number(1.0, 0.1), None, Number(3.0, 0.1)]) == Number(2.0, 2**0.5)
     assert str(mean([Number(0.25, 0.1)])) == "0.250" and str(Number(52)) == "52" and str(Number(0.00012)) == "0.00012"
-    assert mean([None]) is None
+    assert mean([Number(50), Number(50)]) == Number(50) and mean([None]) is None
 
 
 # ---- checkpoints, drift, and a whole study in miniature
@@ -417,6 +433,26 @@ def test_a_checkpoint_becomes_a_model_and_drift_measures_its_distance(tmp_path, 
     assert json.loads((tmp_path / "same.json").read_text())["velocity"] == 0
     with pytest.raises(UserError, match="step_000003"):
         claims_models.export(tmp_path / "run", 3, tmp_path / "at_3")
+
+
+def test_one_vector_of_weights_is_the_mean_over_the_categories_of_a_task(tmp_path):
+    import claims_models
+
+    def category(scale, **weights):
+        return {"scale": scale, "components": {name: {"weight": w} for name, w in weights.items()}}
+
+    categories = {
+        "plain": category(2, digit=0.6, ink=0.4),
+        "colour": category(3, digit=0.4, ink=0.2, attribute=0.4),
+        "swap": category(4, identity=1.0),
+    }
+    (tmp_path / "calibration.json").write_text(json.dumps({"categories": categories}))
+    claims_models.main("one_vector_weights", str(tmp_path), str(tmp_path / "new/calibration.json"))
+    found = json.loads((tmp_path / "new/calibration.json").read_text())["categories"]
+    assert {name: own["scale"] for name, own in found.items()} == {"plain": 2, "colour": 3, "swap": 4}
+    weight = lambda name: {key: own["weight"] for key, own in found[name]["components"].items()}  # noqa: E731
+    assert weight("colour") == pytest.approx({"digit": 0.5 / 1.2, "ink": 0.3 / 1.2, "attribute": 0.4 / 1.2})
+    assert weight("plain") == pytest.approx({"digit": 0.5 / 0.8, "ink": 0.3 / 0.8}) and weight("swap") == {"identity": 1}
 
 
 @pytest.mark.slow

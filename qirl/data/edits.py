@@ -29,7 +29,7 @@ FORMS = {
 }
 CATEGORIES = tuple(FORMS)
 EXAMPLES = ("make it yellow", "turn the background white", FORMS["swap"][0], FORMS["compose"][0])
-FLAWS = {"copied": 0.15, "redrawn": 0.15}  # shares of the examples of a base, whose pairs are as good as collected ones
+FLAWS = {"copied": 0.15, "redrawn": 0.15}  # shares of a base's examples: flawed, as collected pairs are
 SPLITS = {"held_out": (0, 40), "train": (40, 190)}  # prompts of a category, in an order fixed by a hash
 
 
@@ -159,7 +159,7 @@ def _rendered(bank: Bank, rows: Sequence[tuple[EditSpec, tuple[DigitSpec, ...]]]
 
 
 def examples(u: np.ndarray, flaws: bool = False) -> tuple[list[Prompt], np.ndarray]:
-    """Examples: uniforms [B, UNIFORMS] in [0, 1) -> B prompts with sources, uint8 true edits [B, 16, 16, 3].
+    """Examples: uniforms [B, UNIFORMS] in [0, 1) -> B prompts with sources, uint8 edits [B, 16, 16, 3], true ones.
 
     A pure function of `u`, row by row: its columns pick the category (all alike), the first source and with it most of
     the instruction, the generator glyphs of the first and the second digit, and the new colour or the second source.

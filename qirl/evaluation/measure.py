@@ -28,7 +28,8 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
     {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error,
     "rewards", "rewards_se": {component: ...}, "judge_by_category", "pairs": images,
     "judge_attributes": share with the right ink and paper, of text-to-image and where the judge reads them,
-    "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}}}
+    "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}},
+    "by_prompt": {"id", "task", and each number: [P] means over a prompt's images, None where it does not apply}}
     gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
     """
     samples = [sample for place, prompt in enumerate(prompts) for sample in samples_of(prompt, images[place], place)]
@@ -44,6 +45,9 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
             result["rewards"][name], result["rewards_se"][name] = mean, error
     for table, of in (("by_task", lambda p: p.task), ("by_category", lambda p: p.category)):
         result[table] = _table(values, clusters, [of(p) for p in prompts])
+    result["by_prompt"] = {"id": clusters.tolist(), "task": [p.task for p in prompts]}
+    for name, own in values.items():
+        result["by_prompt"][name] = [None if np.isnan(x) else round(float(x), 4) for x in own]
     result["judge_by_category"] = {c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items()}
     drawn = [s for s in samples if s.task == "t2i"]
     if drawn and hasattr(judge, "attributes_correct"):
