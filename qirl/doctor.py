@@ -157,7 +157,7 @@ def _diffusers() -> str:
 _PARTS = (
     ("torch", _torch, "nothing runs"),
     ("CUDA", _cuda, "CPU only: the digits world and tests run, Qwen-Image sizes do not"),
-    ("Triton", _triton, "nothing today; fused kernels will need it"),
+    ("Triton", _triton, "on a GPU the glue between matrix products from PyTorch: several passes over memory"),
     ("csrc, CPU", _csrc_cpu, "CPU noise from PyTorch: the same words, several times slower"),
     ("csrc, CUDA", _csrc_cuda, "GPU noise from PyTorch: the same words, slower"),
     ("Transformer Engine", _transformer_engine, "nothing today: BF16 works, FP8 will need it"),

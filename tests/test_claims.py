@@ -452,7 +452,9 @@ def test_one_vector_of_weights_is_the_mean_over_the_categories_of_a_task(tmp_pat
     assert {name: own["scale"] for name, own in found.items()} == {"plain": 2, "colour": 3, "swap": 4}
     weight = lambda name: {key: own["weight"] for key, own in found[name]["components"].items()}  # noqa: E731
     assert weight("colour") == pytest.approx({"digit": 0.5 / 1.2, "ink": 0.3 / 1.2, "attribute": 0.4 / 1.2})
-    assert weight("plain") == pytest.approx({"digit": 0.5 / 0.8, "ink": 0.3 / 0.8}) and weight("swap") == {"identity": 1}
+    assert weight("plain") == pytest.approx({"digit": 0.5 / 0.8, "ink": 0.3 / 0.8}) and weight("swap") == {
+        "identity": 1
+    }
 
 
 @pytest.mark.slow

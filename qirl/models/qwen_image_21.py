@@ -19,6 +19,7 @@ from qirl.errors import UserError, nearest
 from qirl.kernels.gated_residual import gated_residual
 from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
+from qirl.kernels.residual_norm import residual_norm
 from qirl.kernels.swiglu import swiglu
 from qirl.models.attention import packed_attention
 from qirl.models.rope import Rope
@@ -127,8 +128,8 @@ class Block(nn.Module):
         """x [N, W], modulation [rows, 4 W] (scale, gate of attention, then of the MLP): (x, keys and values)."""
         scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
         attended, pair = self.attn(norm_modulate(x, scale1, pack.row, self.eps), rope, pack, past)
-        x = gated_residual(x, attended, gate1, pack.row)
-        return gated_residual(x, self.img_mlp(norm_modulate(x, scale2, pack.row, self.eps)), gate2, pack.row), pair
+        x, normed = residual_norm(x, attended, gate1, scale2, pack.row, self.eps)
+        return gated_residual(x, self.img_mlp(normed), gate2, pack.row), pair
 
     def keys_values(self, x, modulation, rope, row):
         """All that targets need of the last block's prefix."""

@@ -1,0 +1,57 @@
+"""Everything that waits for a GPU, in one command: builds csrc, runs the tests that need a GPU, times the kernels.
+
+    python benchmarks/gpu_suite.py --out OUT
+
+Writes OUT/suite.json (each step's exit code and seconds), its log beside it, and OUT/kernels.json. A step that fails does not stop
+the next ones; the exit code is 1 if any failed. Aims at 8 minutes on one H100.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qirl.run.folder import write_json
+from qirl.run.machine import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def steps(out: Path) -> dict[str, list[str]]:
+    """Commands by name, in order; {out} is where results go."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return {
+        "build": [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        "triton": [*pytest, "tests/test_triton_ops.py"],
+        "native": [*pytest, "tests/test_native_philox.py"],
+        "gpu": [*pytest, "-m", "gpu", "tests"],
+        "kernels": [sys.executable, "benchmarks/kernel_times.py", "--out", str(out / "kernels.json")],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_suite"))
+    parser.add_argument("--steps", nargs="+", choices=list(steps(Path())), default=list(steps(Path())))
+    args = parser.parse_args(arguments)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QIRL_KERNELS")}
+    done = {}
+    for name in args.steps:
+        begun = time.monotonic()
+        with (out / f"{name}.log").open("w") as log:
+            code = subprocess.run(steps(out)[name], cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+        done[name] = {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
+        print(f"{name}: {'done' if code == 0 else f'FAILED ({code})'} in {done[name]['seconds']} s", flush=True)
+        write_json(out / "suite.json", {"machine": machine(), "steps": done})
+    return int(any(own["exit_code"] for own in done.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
