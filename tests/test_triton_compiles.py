@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
-B, F, I = "*bf16", "*fp32", "*i64"  # noqa: E741
+B, F, D, I = "*bf16", "*fp32", "*fp64", "*i64"  # noqa: E741
+STEP = dict(t=F, s=F, cap=F, mode=I)
+PAIR = dict(v=B, v_old=B, first=F, second=F, v_ref=B)
+TILE = dict(TOKENS=16, CHANNELS=64)
 CHUNKS = {"partial": F, "order": I, "chunk_row": I, "begin": I, "end": I}
-SIZES = {"count": "i64", "width": "i32", "eps": "fp32", "tokens": "i32", "heads": "i32", "half": "i32", "rows": "i32", "dim": "i32"}  # fmt: skip
+SIZES = {"count": "i64", "width": "i32", "eps": "fp32", "tokens": "i32", "heads": "i32", "half": "i32", "rows": "i32", "dim": "i32", "channels": "i32",
+         "calls": "i64", "quads": "i32", "samples": "i32", "components": "i32", "seed": "i64"}  # fmt: skip
+SIZES |= dict.fromkeys(("level", "sine", "guidance", "beta", "scale", "low", "high", "clip"), "fp32")
 # op.kernel: pointers, compile-time sizes, warps; 2.1 is 4096 wide with 32 heads of 128, 1.x 3072 with 24
 KERNELS = {
     "swiglu._forward_kernel": (dict(gate=B, up=B, out=B), dict(BLOCK=2048), 4),
@@ -34,6 +39,33 @@ KERNELS = {
         dict(BLOCK=4096), 8,
     ),
     "merge_attention._kernel": (dict(out_a=B, lse_a=F, out_b=B, lse_b=F, out=B, lse=F), dict(ROWS=16, DIM=128), 4),
+    "philox._kernel": (dict(row=I, token=I, prompt=I, sample=I, word=I, out=F), dict(BLOCK=512), 4),
+    "flow_step._kernel": (
+        dict(x=F, cond=B, uncond=B, row=I, **STEP, prompt=I, sample=I, word=I, index=I, x_next=F, squares=F),
+        dict(GUIDED=True, RESCALE=True, NOISY=True, SQUARES=True, ROUNDS=True, **TILE), 4,
+    ),
+    "policy_triton._forward_kernel": (dict(**PAIR, row=I, **STEP, sums=F), dict(KIND=2, REFERENCE=True, **TILE), 4),
+    "policy_triton._rows_kernel": (
+        dict(sums=F, offset=I, **STEP, share=F, advantage=F, loss=F, kl=F, kept=F, ratio=F, clipped="*i1"),
+        dict(KIND=2, GUARD=True, REFERENCE=True, BLOCK=1024), 4,
+    ),
+    "policy_triton._backward_kernel": (
+        dict(dloss=F, dkl=F, kept=F, **PAIR, row=I, offset=I, **STEP, dv=B), dict(KIND=1, REFERENCE=True, **TILE), 4,
+    ),
+    "velocity_match._forward_kernel": (
+        dict(v=B, cond=B, uncond=B, sums=F), dict(GUIDED=True, RESCALE=True, **TILE), 4,
+    ),
+    "velocity_match._rows_kernel": (dict(sums=F, offset=I, loss=F), dict(BLOCK=1024), 4),
+    "velocity_match._backward_kernel": (
+        dict(dloss=F, v=B, cond=B, uncond=B, row=I, offset=I, dv=B), dict(GUIDED=True, RESCALE=True, **TILE), 4,
+    ),
+    "group_advantage._groups_kernel": (
+        dict(scores=D, applies="*i1", order=I, group=I, weights=D, floors=D, total=D, value=D, valid="*i1", floor=D),
+        dict(CONVENTION=0, BLOCK=1024), 4,
+    ),
+    "group_advantage._batch_kernel": (
+        dict(total=D, value=D, valid="*i1", scale=D, advantage=F, floor=D), dict(CONVENTION=3, BLOCK=1024), 4,
+    ),
     "rows._reduce_kernel": (dict(partial=F, first=I, out=F), dict(BLOCK=256), 4),
 }  # fmt: skip
 
