@@ -16,7 +16,7 @@ from qirl.kernels.merge_attention import merge_attention
 from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
 from qirl.kernels.residual_norm import residual_norm
-from qirl.kernels.rows import Chunks
+from qirl.kernels.modulation import Chunks
 from qirl.kernels.swiglu import swiglu
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, Target, pack
