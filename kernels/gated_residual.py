@@ -56,7 +56,7 @@ def _backward_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = gated(tl.load(gate + own * stride + column, column < width, other=0), BOUNDED)
     total = tl.zeros([TOKENS, BLOCK], tl.float32)
-    for start in tl.range(begin, end, TOKENS, num_stages=2):
+    for start in tl.range(begin, end, TOKENS, num_stages=3):
         at, inside = places_in_order(order, start, end, width, TOKENS, BLOCK)
         d = tl.load(dout + at, inside, other=0).to(tl.float32)
         total += d * tl.load(y + at, inside, other=0).to(tl.float32)
@@ -78,7 +78,7 @@ def _forward(x, y, gate, row, bounded=True):
         tile = Tile.of(width, widest=2048)
         grid = tile.grid(tokens, width)
         _forward_kernel[grid](
-            x, y, *rows.tensors, row, out, tokens, width, rows.stride, BOUNDED=bounded, **tile.sizes
+            x, y, *rows.tensors, row, out, tokens, width, rows.stride, BOUNDED=bounded, **tile.sizes()
         )  # fmt: skip
     return out
 
@@ -101,7 +101,7 @@ def _backward(dout, y, gate, row, bounded):
     if partial.numel():
         _backward_kernel[chunks.grid](
             dout, y, *rows.tensors, dy, partial, chunks.order, chunks.spans, width, rows.stride,
-            BOUNDED=bounded, **tile.sizes,
+            BOUNDED=bounded, **tile.sizes(),
         )  # fmt: skip
     return dy, chunks.reduce(partial, gate.dtype)[0]
 

@@ -55,10 +55,10 @@ class Tile:
     def grid(self, tokens: int, width: int) -> tuple[int, int]:
         return triton.cdiv(tokens, self.tokens), triton.cdiv(width, self.block)
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """What a launch is given."""
-        return {"TOKENS": self.tokens, "BLOCK": self.block, "num_warps": tritons.warps(self.tokens * self.block)}
+    def sizes(self, warps: int = 1) -> dict[str, int]:
+        """What a launch is given; warps: how many times the usual number, for kernels that hold much of each value."""
+        usual = tritons.warps(self.tokens * self.block)
+        return {"TOKENS": self.tokens, "BLOCK": self.block, "num_warps": min(16, warps * usual)}
 
 
 class Chunks:
@@ -86,7 +86,7 @@ class Chunks:
             block = min(4096, triton.next_power_of_2(max(tokens, 16)))
             _table_kernel[(rows,)](
                 row.contiguous(), self.order, self.spans, self.first, tokens, self.size,
-                BLOCK=block, num_warps=max(1, block // 512),
+                BLOCK=block, num_warps=max(1, block // 256),
             )  # fmt: skip
 
     def partial(self, sums: int) -> torch.Tensor:
@@ -107,11 +107,12 @@ def _table_kernel(row, order, spans, first, tokens, size, BLOCK: tl.constexpr):
     """A stable counting sort: each program finds the tokens of one row, and writes the spans of its chunks."""
     own = tl.program_id(0)
     at = tl.arange(0, BLOCK)
-    before, until = 0, 0
+    below, upto = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, tokens, BLOCK):
         value = tl.load(row + start + at, start + at < tokens, other=own + 1)
-        before += tl.sum((value < own).to(tl.int32))
-        until += tl.sum((value <= own).to(tl.int32))
+        below += (value < own).to(tl.int32)
+        upto += (value <= own).to(tl.int32)
+    before, until = tl.sum(below), tl.sum(upto)
     place = before
     for start in range(0, tokens, BLOCK):
         mine = (tl.load(row + start + at, start + at < tokens, other=own + 1) == own).to(tl.int32)

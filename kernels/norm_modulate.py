@@ -61,7 +61,7 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK)
     gain = 1 + tl.load(scale + own * stride + column, column < width, other=0).to(tl.float32)
     of_scale, of_shift = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
-    for start in tl.range(begin, end, TOKENS, num_stages=2):
+    for start in tl.range(begin, end, TOKENS, num_stages=3):
         at, inside = places_in_order(order, start, end, width, TOKENS, BLOCK)
         value = tl.load(x + at, inside, other=0).to(tl.float32)
         d = tl.load(dout + at, inside, other=0).to(tl.float32)
@@ -87,7 +87,7 @@ def _forward(x, scale, row, eps, shift=None):
     if out.numel():
         tile = Tile.of(width)
         grid = tile.grid(tokens, width)
-        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, width, rows.stride, eps, **tile.sizes)
+        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, width, rows.stride, eps, **tile.sizes())
     return out
 
 
@@ -110,7 +110,7 @@ def _backward(dout, x, scale, row, eps, shifted):
     if partial.numel():
         _backward_kernel[chunks.grid](
             dout, x, *rows.tensors, dx, partial, chunks.order, chunks.spans, width, rows.stride, eps,
-            SHIFTED=shifted, **tile.sizes,
+            SHIFTED=shifted, **tile.sizes(),
         )  # fmt: skip
     return dx, chunks.reduce(partial, scale.dtype)
 

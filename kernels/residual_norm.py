@@ -55,7 +55,7 @@ def _backward_kernel(
     gain = 1 + tl.load(scale + own * stride + column, column < width, other=0).to(tl.float32)
     of_gate, of_scale = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
     of_shift = tl.zeros([TOKENS, BLOCK], tl.float32)
-    for start in tl.range(begin, end, TOKENS, num_stages=2):
+    for start in tl.range(begin, end, TOKENS, num_stages=3):
         at, inside = places_in_order(order, start, end, width, TOKENS, BLOCK)
         value = tl.load(out + at, inside, other=0).to(tl.float32)
         d = tl.load(dscaled + at, inside, other=0).to(tl.float32)
@@ -90,7 +90,7 @@ def _forward(x, y, gate, scale, row, eps, shift=None, bounded=True):
     if out.numel():
         tile = Tile.of(width)
         _forward_kernel[tile.grid(tokens, width)](
-            x, y, *rows.tensors, row, out, scaled, tokens, width, rows.stride, eps, BOUNDED=bounded, **tile.sizes
+            x, y, *rows.tensors, row, out, scaled, tokens, width, rows.stride, eps, BOUNDED=bounded, **tile.sizes()
         )  # fmt: skip
     return out, scaled
 
@@ -115,7 +115,7 @@ def _backward(dout, dscaled, out, y, gate, scale, row, eps, shifted, bounded):
     if partial.numel():
         _backward_kernel[chunks.grid](
             dout, dscaled, out, y, *rows.tensors, dx, dy, partial, chunks.order, chunks.spans, width, rows.stride, eps,
-            BOUNDED=bounded, SHIFTED=shifted, **tile.sizes,
+            BOUNDED=bounded, SHIFTED=shifted, **tile.sizes(warps=2),
         )  # fmt: skip
     return dx, dy, chunks.reduce(partial, gate.dtype)
 
