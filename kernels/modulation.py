@@ -22,7 +22,11 @@ class Modulation:
         """Of tokens x [N, D], row int64 [N]; None for rows that the op goes without."""
         given = [t for t in tensors if t is not None]
         shapes = {tuple(t.shape) for t in given}
-        assert row.shape == x.shape[:1] and shapes == {(len(given[0]), x.shape[1])}, (x.shape, row.shape, shapes)
+        assert row.shape == x.shape[:1] and shapes == {(len(given[0]), x.shape[1])}, (
+            x.shape,
+            row.shape,
+            [t.shape for t in given],
+        )
         if len({t.stride() for t in given}) > 1 or given[0].stride(1) != 1:
             tensors = tuple(None if t is None else t.contiguous() for t in tensors)
         return cls(tensors, tensors[0].stride(0))
