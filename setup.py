@@ -77,6 +77,7 @@ setup(
         "flash": ["flash-attn"],
         "te": ["transformer-engine[pytorch]"],
         "dali": ["nvidia-dali-cuda130"],
+        "benchmarks": ["diffusers>=0.42", "liger-kernel"],
         "test": TEST,
     },
     # kernels/ and configs/ stand beside qirl/ in the checkout and inside it once installed

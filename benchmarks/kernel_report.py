@@ -95,6 +95,8 @@ def plot(rows: Sequence[dict], goals: Mapping[str, Goal], title: str, path: Path
     above.set_title("full: at least 64 MB moved, where the line is the goal; from left to right: more tokens, two widths", fontsize=9)  # fmt: skip
     below.axhline(1, color="#444444", linewidth=1)
     below.set_yscale("log")
+    below.set_yticks([0.5, 1, 2, 3, 5, 10], ["0.5", "1", "2", "3", "5", "10"])
+    below.minorticks_off()
     below.set_ylabel("times slower than qirl")
     below.set_xticks(range(len(kinds)), [f"{op}\n{part}" for op, part in kinds], rotation=35, ha="right", fontsize=8)
     for name in OTHERS:

@@ -78,7 +78,7 @@ def _forward(x, y, gate, row, bounded=True):
         tile = Tile.of(width, widest=2048)
         grid = tile.grid(tokens, width)
         _forward_kernel[grid](
-            x, y, *rows.tensors, row, out, tokens, width, rows.stride, BOUNDED=bounded, **tile.sizes()
+            x, y, *rows.tensors, row, out, tokens, width, rows.stride, BOUNDED=bounded, **tile.sizes
         )  # fmt: skip
     return out
 
@@ -101,7 +101,7 @@ def _backward(dout, y, gate, row, bounded):
     if partial.numel():
         _backward_kernel[chunks.grid](
             dout, y, *rows.tensors, dy, partial, chunks.order, chunks.spans, width, rows.stride,
-            BOUNDED=bounded, **tile.sizes(),
+            BOUNDED=bounded, **tile.sizes,
         )  # fmt: skip
     return dy, chunks.reduce(partial, gate.dtype)[0]
 

@@ -48,21 +48,23 @@ class Tile:
 
     tokens: int
     block: int
+    warps: int
 
     @classmethod
-    def of(cls, width: int, widest: int | None = None) -> Tile:
-        """widest: the most columns, all where a program needs a token's whole row."""
+    def of(cls, width: int, widest: int | None = None, threads: int = 1) -> Tile:
+        """widest: the most columns, all where a program needs a token's whole row; threads: how many times the usual number."""
         block = triton.next_power_of_2(width)
         block = min(block, widest or block)
-        return cls(max(1, 1024 // block), block)
+        tokens = max(1, 1024 // block)
+        return cls(tokens, block, min(16, threads * tritons.warps(tokens * block)))
 
     def grid(self, tokens: int, width: int) -> tuple[int, int]:
         return triton.cdiv(tokens, self.tokens), triton.cdiv(width, self.block)
 
-    def sizes(self, warps: int = 1) -> dict[str, int]:
-        """What a launch is given; warps: how many times the usual number, for kernels that hold much of each value."""
-        usual = tritons.warps(self.tokens * self.block)
-        return {"TOKENS": self.tokens, "BLOCK": self.block, "num_warps": min(16, warps * usual)}
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a launch is given."""
+        return {"TOKENS": self.tokens, "BLOCK": self.block, "num_warps": self.warps}
 
 
 class Chunks:
@@ -73,13 +75,13 @@ class Chunks:
     N // size + R chunks are enough for every split of N tokens, and the host need not know it. Some stay empty.
     """
 
-    PROGRAMS = 512  # aimed at: about four for each multiprocessor of a Hopper; not asked of the device, for equal bits
+    WARPS = 2048  # where tokens suffice: 16 a multiprocessor of a Hopper; not asked of the device, for equal bits
     LARGEST = 32  # tokens
 
     def __init__(self, row: torch.Tensor, rows: int, tile: Tile, width: int):
         """row int64 [N] in [0, rows); the tile of the kernel that sums."""
         tokens, (_, across) = len(row), tile.grid(len(row), width)
-        fitting = triton.next_power_of_2(max(1, tokens * across // self.PROGRAMS))
+        fitting = triton.next_power_of_2(max(1, tokens * across * tile.warps // self.WARPS))
         self.size = max(tile.tokens, min(self.LARGEST, fitting))
         self.rows, self.width = rows, width
         self.grid = (tokens // self.size + rows, across)

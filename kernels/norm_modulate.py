@@ -87,7 +87,7 @@ def _forward(x, scale, row, eps, shift=None):
     if out.numel():
         tile = Tile.of(width)
         grid = tile.grid(tokens, width)
-        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, width, rows.stride, eps, **tile.sizes())
+        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, width, rows.stride, eps, **tile.sizes)
     return out
 
 
@@ -110,7 +110,7 @@ def _backward(dout, x, scale, row, eps, shifted):
     if partial.numel():
         _backward_kernel[chunks.grid](
             dout, x, *rows.tensors, dx, partial, chunks.order, chunks.spans, width, rows.stride, eps,
-            SHIFTED=shifted, **tile.sizes(),
+            SHIFTED=shifted, **tile.sizes,
         )  # fmt: skip
     return dx, chunks.reduce(partial, scale.dtype)
 

@@ -90,7 +90,7 @@ def _forward(x, y, gate, scale, row, eps, shift=None, bounded=True):
     if out.numel():
         tile = Tile.of(width)
         _forward_kernel[tile.grid(tokens, width)](
-            x, y, *rows.tensors, row, out, scaled, tokens, width, rows.stride, eps, BOUNDED=bounded, **tile.sizes()
+            x, y, *rows.tensors, row, out, scaled, tokens, width, rows.stride, eps, BOUNDED=bounded, **tile.sizes
         )  # fmt: skip
     return out, scaled
 
@@ -109,13 +109,13 @@ def _(x, y, gate, scale, row, eps, shift=None, bounded=True):
 def _backward(dout, dscaled, out, y, gate, scale, row, eps, shifted, bounded):
     """dx, dy, and the gradients of gate, scale and (if shifted) shift, [2 or 3, R, D]."""
     dout, dscaled, out, y = (t.contiguous() for t in (dout, dscaled, out, y))
-    dx, dy, width, tile = torch.empty_like(out), torch.empty_like(y), out.shape[1], Tile.of(out.shape[1])
+    dx, dy, width, tile = torch.empty_like(out), torch.empty_like(y), out.shape[1], Tile.of(out.shape[1], threads=2)
     rows, chunks = Modulation.of(out, row, gate, scale), Chunks(row, len(gate), tile, width)
     partial = chunks.partial(2 + shifted)
     if partial.numel():
         _backward_kernel[chunks.grid](
             dout, dscaled, out, y, *rows.tensors, dx, dy, partial, chunks.order, chunks.spans, width, rows.stride, eps,
-            BOUNDED=bounded, SHIFTED=shifted, **tile.sizes(warps=2),
+            BOUNDED=bounded, SHIFTED=shifted, **tile.sizes,
         )  # fmt: skip
     return dx, dy, chunks.reduce(partial, gate.dtype)
 

@@ -45,6 +45,15 @@ def test_what_diffusers_has_computes_the_same_in_bfloat16(op, model):
         assert all(x.isfinite().all() for x in kernel_ops.gradients(baseline.run, baseline.inputs)())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: Liger's kernels are not interpreted")
+@pytest.mark.parametrize("op", ["swiglu", "qk_norm_rope"])
+def test_what_liger_has_computes_the_same_in_bfloat16(op):
+    pytest.importorskip("liger_kernel")
+    work = benchmark.OPS[op].build(1024, kernel_ops.MODELS[0], "cuda")
+    assert kernel_ops.disagreement(work, work.others["liger"]()) <= benchmark.SAME
+
+
 def test_a_baseline_that_is_missing_or_computes_something_else_is_left_out_with_a_note():
     def absent():
         raise ImportError("No module named 'liger_kernel'")

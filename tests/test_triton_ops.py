@@ -156,10 +156,18 @@ def test_chunks_cover_every_token_once_whatever_the_order_of_rows(tokens, width)
     assert first[-1] == len(owners) and owners == [r for r in range(6) for _ in range(first[r], first[r + 1])]
 
 
-def test_more_tokens_make_larger_chunks_until_all_multiprocessors_are_busy():
-    """At the width of 2.1: 1,024 tokens in chunks of 2, so that 512 programs run; 16,384 in chunks of 32."""
-    sizes = [Chunks(torch.zeros(n, dtype=torch.int64, device=DEVICE), 9, Tile.of(4096), 4096).size for n in (64, 1024, 4096, 16384)]  # fmt: skip
-    assert sizes == [1, 2, 8, 32]
+@pytest.mark.parametrize(
+    "tile, sizes",
+    [({}, [1, 4, 16, 32]), ({"threads": 2}, [1, 8, 32, 32]), ({"widest": 1024}, [1, 4, 16, 32])],
+    ids=["norm", "norm and residual", "residual"],
+)
+def test_more_tokens_make_larger_chunks_once_every_multiprocessor_has_warps(tile, sizes):
+    """At the width of 2.1: 1,024 tokens and more give 2,048 warps, 16 for each of 132 multiprocessors or a few less."""
+    tile = Tile.of(4096, **tile)
+    for tokens, size in zip((64, 1024, 4096, 16384), sizes, strict=True):
+        chunks = Chunks(torch.zeros(tokens, dtype=torch.int64, device=DEVICE), 1, tile, 4096)
+        assert chunks.size == size
+        assert tokens == 64 or tokens // chunks.size * chunks.grid[1] * tile.warps >= 2048
 
 
 def strided(*shapes, dtype=torch.float32):
