@@ -1,6 +1,7 @@
 """The transformer's ops in the kernel benchmark, beside what Liger and diffusers have for the same.
 
-diffusers has functions for some; for the others a baseline is the lines of its transformer blocks, in the dtype of their inputs.
+diffusers has functions for some; for the others a baseline is the lines of its transformer blocks or of its ring
+attention, in the dtype of their inputs.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _qk_norm_rope(tokens: int, model: Model, device: str) -> Work:
         return Baseline(run, [x, weight])
 
     def liger():
-        """Two kernels, on half of the heads as queries and half as keys, each head's even channels before its odd ones."""
+        """Half of the heads as queries and half as keys, each head's even channels before its odd ones."""
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.rope import LigerRopeFunction
 

@@ -92,7 +92,9 @@ def plot(rows: Sequence[dict], goals: Mapping[str, Goal], title: str, path: Path
                     below.plot(x, ratio, "o", color=COLOURS[name], markersize=4)
         above.hlines(getattr(goals[op], part), i - 0.35, i + 0.35, color="#444444")
     above.set_ylabel("share of copy bandwidth")
-    above.set_title("full: at least 64 MB moved, where the line is the goal; from left to right: more tokens, two widths", fontsize=9)  # fmt: skip
+    above.set_title(
+        "filled: 64 MB or more, with its goal as a line; left to right: more tokens, at two widths", fontsize=9
+    )
     below.axhline(1, color="#444444", linewidth=1)
     below.set_yscale("log")
     below.set_yticks([0.5, 1, 2, 3, 5, 10], ["0.5", "1", "2", "3", "5", "10"])

@@ -4,13 +4,16 @@
     python benchmarks/kernel_times.py --ops swiglu --quick   one op at its first shape
     python benchmarks/kernel_times.py --check                exit code 1 where a goal is missed
 
-One JSON row per op, pass, shape and implementation. Shapes are the real ones: Qwen-Image 2.1 is 4096 wide with 32 heads of
-128, 1.x 3072 wide with 24, at 1,024 to 16,384 tokens. ms_*: 20, 50 and 80 per cent quantiles of device time, from replays of a CUDA
-graph of one call, the cache flushed before each. GB/s counts the bytes that an op must move, as its file says; `of_copy`
-is their share of the bandwidth of a copy of 1 GiB on the same machine. `host_us` is what one call outside a graph costs the host. An op
-whose tests fail is not reported, nor is a baseline that is not installed or computes something else: the notes say so.
-OUT (benchmarks/results/kernels_GPU.json) holds the rows and the machine they were measured on; a table (.md) and a picture (.png)
-go beside it. (This file is not called kernels.py: diffusers and transformers import a package of that name where they find one.)
+One JSON row per op, pass, shape and implementation. Shapes are the real ones: Qwen-Image 2.1 is 4096 wide with 32 heads
+of 128, 1.x 3072 wide with 24, at 1,024 to 16,384 tokens. ms_*: 20, 50 and 80 per cent quantiles of device time, from
+replays of a CUDA graph of one call, the cache flushed before each. GB/s counts the bytes that an op must move, as its
+file says; `of_copy` is their share of the bandwidth of a copy of 1 GiB on the same machine. `host_us` is what one call
+outside a graph costs the host. An op whose tests fail is not reported, nor is a baseline that is not installed or
+computes something else: the notes say so.
+
+OUT (benchmarks/results/kernels_GPU.json) holds the rows and the machine they were measured on; a table (.md) and a
+picture (.png) go beside it. (This file is not called kernels.py: diffusers and transformers import a package of that
+name where they find one.)
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def baselines(work: Work) -> tuple[dict[str, Baseline], list[str]]:
 
 
 def captured(make: Callable[[], Callable]) -> tuple[torch.cuda.CUDAGraph, Callable]:
-    """A graph of make()'s call, and the call: made, run and captured on one stream, for a backward runs on its forward's."""
+    """A graph of make()'s call, and the call. Both on one stream: a backward runs on its forward's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -163,10 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missed = verdict(rows, goals, copy, launch)
     facts = machine(triton=triton.__version__)
     out = args.out or HERE / f"results/kernels_{facts['gpu'].replace(' ', '_')}.json"
-    write_json(
-        out,
-        {"machine": facts, "copy_gb_per_s": copy, "launch_ms": launch, "not_reported": red, "missed": missed, "notes": notes, "rows": rows},
-    )  # fmt: skip
+    measured = {"machine": facts, "copy_gb_per_s": copy, "launch_ms": launch, "rows": rows}
+    write_json(out, measured | {"not_reported": red, "notes": notes, "missed": missed})
     shown = table(rows, goals, copy, launch)
     out.with_suffix(".md").write_text(shown + "\n")
     if rows:

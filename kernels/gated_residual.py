@@ -3,8 +3,8 @@
     out = x + tanh(gate[row]) * y,   or with the gate as it is: out = x + gate[row] * y
 
 Bytes: x and y read, out written, 3 * N * D * itemsize; backward: dout and y read, dy written. The gate's gradient is a
-sum over the tokens of a row, in two stages of a fixed order (`modulation.Chunks`): no atomics. Bounded in Qwen-Image 2.1,
-plain in 1.x.
+sum over the tokens of a row, in two stages of a fixed order (`modulation.Chunks`): no atomics. The gate is bounded in
+Qwen-Image 2.1, plain in 1.x.
 """
 
 from __future__ import annotations

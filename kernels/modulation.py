@@ -1,4 +1,4 @@
-"""Modulation rows [R, D] that tokens [N, D] name by index: how kernels read them, and sum their gradients without atomics."""
+"""Modulation rows [R, D] that tokens [N, D] name by index: how kernels read them, and sum their gradients."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tile:
 
     @classmethod
     def of(cls, width: int, widest: int | None = None, threads: int = 1) -> Tile:
-        """widest: the most columns, all where a program needs a token's whole row; threads: how many times the usual number."""
+        """widest: the most columns, all where a program needs a whole row; threads: how many times the usual number."""
         block = triton.next_power_of_2(width)
         block = min(block, widest or block)
         tokens = max(1, 1024 // block)
@@ -70,9 +70,10 @@ class Tile:
 class Chunks:
     """Tokens by their row, in chunks: what a kernel needs to sum over the tokens of each row in two stages.
 
-    A program sums one chunk in order, then `reduce` adds a row's chunks in a fixed order: the same bits on every run, for
-    rows in any order. Row r's chunks begin at offset[r] // size + r, where offset counts the tokens of the rows before it:
-    N // size + R chunks are enough for every split of N tokens, and the host need not know it. Some stay empty.
+    A program sums one chunk in order, then `reduce` adds a row's chunks in a fixed order: no atomics, and the same bits
+    on every run, for rows in any order. Row r's chunks begin at offset[r] // size + r, where offset counts the tokens
+    of the rows before it: N // size + R chunks are enough for every split of N tokens, and the host need not know it.
+    Some stay empty.
     """
 
     WARPS = 2048  # where tokens suffice: 16 a multiprocessor of a Hopper; not asked of the device, for equal bits

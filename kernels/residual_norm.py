@@ -4,8 +4,8 @@
 
 The shift is left out in Qwen-Image 2.1; in 1.x the gate is plain. Bytes: x and y read, out and n written,
 4 * N * D * itemsize (apart: 5); backward: both gradients, out and y read, dx and dy written, 6 * N * D * itemsize
-(apart: 9). The rows' gradients are sums over their tokens, in two stages of a fixed order (`modulation.Chunks`). The norm
-sees `out` as rounded to its dtype, as it does apart.
+(apart: 9). The rows' gradients are sums over their tokens, in two stages of a fixed order (`modulation.Chunks`). The
+norm sees `out` as rounded to its dtype, as it does apart.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def residual_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, n), both [N, D] in x's dtype; float32 inside.
 
-    x, y [N, D]; gate, scale and shift [R, D] of one dtype; row int64 [N] in [0, R); bounded: the gate goes through tanh.
+    x, y [N, D]; gate, scale and shift [R, D] of one dtype; row int64 [N] in [0, R); bounded: the gate through tanh.
     """
     own = tritons.on(_forward, x, y, gate, scale)
     return choose("residual_norm", reference=reference, **own)(x, y, gate, scale, row, eps, shift, bounded)

@@ -63,7 +63,10 @@ def test_a_baseline_that_is_missing_or_computes_something_else_is_left_out_with_
     others = {"liger": absent, "same": other(2.001), "other": other(2.1)}
     found, notes = benchmark.baselines(kernel_ops.Work(None, lambda x: 2 * x, [x], 0, others=others))
     assert list(found) == ["same"]
-    assert notes == ["liger left out: No module named 'liger_kernel'", "other left out: its result is 5.0e-02 off the reference"]  # fmt: skip
+    assert notes == [
+        "liger left out: No module named 'liger_kernel'",
+        "other left out: its result is 5.0e-02 off the reference",
+    ]
 
 
 def test_gradients_leave_the_inputs_alone_whatever_a_backward_writes():

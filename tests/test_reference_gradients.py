@@ -1,7 +1,8 @@
-"""Gradients of the references of flow and policy against finite differences, in float64; those of the model's ops are in test_model_ops.
+"""Gradients of the references of flow and policy against finite differences, in float64.
 
-The ratio losses and log-probabilities are checked in test_policy_loss. nft with x0 weights is left out: its weights are
-detached, so its gradient is not that of its value; test_policy_loss compares it with the published formula.
+Those of the model's ops are checked in test_model_ops, ratio losses and log-probabilities in test_policy_loss. nft with
+x0 weights is left out: its weights are detached, so its gradient is not that of its value; test_policy_loss compares it
+with the published formula.
 """
 
 import pytest

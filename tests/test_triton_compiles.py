@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper at the real shapes without a GPU, keeps its values in registers, and moves 16 bytes at a time.
+"""Every Triton kernel compiles for Hopper at the real shapes without a GPU: registers, spills, memory accesses.
 
 python test_triton_compiles.py      what the test runs: Triton must be imported without TRITON_INTERPRET
 """
@@ -21,7 +21,7 @@ SIZES = {
 SIZES |= {"count": "i64", "eps": "fp32"}
 EVEN = ("width", "stride", "count", "half", "dim")  # sizes that are multiples of 16 at the real shapes
 ROWS = dict(TOKENS=1, BLOCK=4096)
-# op.kernel: pointers (None: left out), compile-time sizes, warps; 2.1 is 4096 wide with 32 heads of 128, 1.x 3072 with 24
+# op.kernel: pointers (None: left out), compile-time sizes, warps; 2.1 is 4096 wide with heads of 128, 1.x 3072
 KERNELS = {
     "swiglu._forward_kernel": (dict(gate=B, up=B, out=B), dict(BLOCK=2048), 4),
     "swiglu._backward_kernel": (dict(dout=B, gate=B, up=B, dgate=B, dup=B), dict(BLOCK=2048), 4),

@@ -1,4 +1,4 @@
-"""Triton against the references, values and gradients: interpreted where there is no GPU, compiled where there is one."""
+"""Triton against the references, values and gradients: compiled where there is a GPU, interpreted elsewhere."""
 
 import pytest
 import tiny_runs
@@ -30,6 +30,7 @@ TOLERANCE = {torch.float32: dict(rtol=2e-5, atol=2e-6), torch.bfloat16: dict(rto
 
 @pytest.fixture(autouse=True)
 def only_triton(monkeypatch):
+    torch.manual_seed(0)
     monkeypatch.setenv("QIRL_KERNELS", "triton")
 
 
@@ -51,7 +52,7 @@ def draws(*shapes, dtype=torch.float32, seed=0):
 
 
 def agree(run, reference, inputs, roundings=1):
-    """Outputs and all gradients of run(*inputs), rounded so many times on their way, against reference(*inputs) in float64."""
+    """Outputs and gradients of run(*inputs), rounded so many times on the way, against reference(*inputs) in float64."""
     tolerance = {name: roundings * value for name, value in TOLERANCE[inputs[0].dtype].items()}
     ours = [x.detach().requires_grad_() for x in inputs]
     theirs = [x.detach().double().requires_grad_() for x in inputs]
