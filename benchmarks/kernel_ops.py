@@ -42,8 +42,9 @@ class Baseline:
 class Work:
     """One op at one shape.
 
-    run and reference take `inputs`; forward and backward: bytes they must move, 0 for none; others: baselines by name,
-    built when they are asked for (an ImportError says that one is not installed).
+    run and reference take `inputs`, the floating tensors with a gradient if there is a backward, and close over the rest.
+    forward and backward: bytes they must move, 0 for none. others: baselines by name, built when they are asked for (an
+    ImportError says that one is not installed).
     """
 
     run: Callable

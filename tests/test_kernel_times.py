@@ -1,5 +1,6 @@
 """The registry of the kernel benchmark: what it times, the bytes it counts, and what it says of its numbers."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -143,6 +144,24 @@ def test_the_table_gives_times_ratios_and_goals():
 )
 def test_each_goal_is_judged_at_its_own_limit(rows, missed):
     assert report.verdict(rows, GOALS, COPY, LAUNCH) == missed
+
+
+@pytest.mark.parametrize("of_copy, check, code", [(0.9, True, 0), (0.8, False, 0), (0.8, True, 1)])
+def test_check_fails_with_a_missed_goal_and_results_are_written(of_copy, check, code, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmark, "machine", lambda **versions: {"gpu": "a GPU", **versions})
+    monkeypatch.setattr(benchmark, "tests_are_green", lambda op: True)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda: COPY)
+    monkeypatch.setattr(benchmark, "launch_time", lambda: LAUNCH)
+    rows = measured(0.01, of_copy=of_copy, eager=0.05, compile=0.01)
+    monkeypatch.setattr(benchmark, "measure", lambda *a: (rows, ["a note"]))
+    out = tmp_path / "kernels.json"
+    arguments = ["--ops", "swiglu", "--quick", "--out", str(out), *["--check"] * check]
+    assert benchmark.main(arguments) == code
+    written = json.loads(out.read_text())
+    assert written["rows"] == rows and written["notes"] == ["a note"] and len(written["missed"]) == (of_copy < 0.85)
+    assert out.with_suffix(".png").exists() and out.with_suffix(".md").read_text() in capsys.readouterr().out
 
 
 def test_every_op_has_goals_and_tests_of_its_name():

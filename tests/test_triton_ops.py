@@ -52,7 +52,7 @@ def draws(*shapes, dtype=torch.float32, seed=0):
 
 
 def agree(run, reference, inputs, roundings=1):
-    """Outputs and gradients of run(*inputs), rounded so many times on the way, against reference(*inputs) in float64."""
+    """Outputs and gradients of run(*inputs), rounded so many times, against reference(*inputs) in float64."""
     tolerance = {name: roundings * value for name, value in TOLERANCE[inputs[0].dtype].items()}
     ours = [x.detach().requires_grad_() for x in inputs]
     theirs = [x.detach().double().requires_grad_() for x in inputs]
