@@ -78,12 +78,16 @@ setup(
         "flash": ["flash-attn"],
         "te": ["transformer-engine[pytorch]"],
         "dali": ["nvidia-dali-cuda130"],
+        "benchmarks": ["diffusers>=0.42", "liger-kernel"],
         "test": TEST,
     },
     # kernels/ and configs/ stand beside qirl/ in the checkout and inside it once installed
     packages=[*find_packages(include=["qirl", "qirl.*"]), "qirl.kernels", "qirl.configs"],
     package_dir={"qirl.kernels": "kernels", "qirl.configs": "configs"},
-    package_data={"qirl": ["py.typed", "**/*.html", "**/*.j2", "**/*.css"], "qirl.configs": ["**/*.yaml", "rubrics/*.txt"]},
+    package_data={
+        "qirl": ["py.typed", "**/*.html", "**/*.j2", "**/*.css"],
+        "qirl.configs": ["**/*.yaml", "rubrics/*.txt"],
+    },
     include_package_data=False,
     entry_points={"console_scripts": ["qirl = qirl.cli:main"]},
     ext_modules=[Extension("qirl.kernels._native_cpu", sources=[])] if wants_csrc() else [],

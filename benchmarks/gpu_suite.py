@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_suite.py --out OUT
 
-Writes OUT/suite.json (each step's exit code and seconds), its log beside it, and OUT/kernels.json. A step that fails does not stop
-the next ones; the exit code is 1 if any failed. Aims at 8 minutes on one H100.
+Writes OUT/suite.json (each step's exit code and seconds), its log beside it, and OUT/kernels.json with its table and picture.
+A step that fails does not stop the next ones; the exit code is 1 if any failed. Aims at 8 minutes on one H100.
 """
 
 from __future__ import annotations

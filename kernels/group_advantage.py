@@ -175,7 +175,8 @@ def _triton(scores, applies, order, group, weights, floors, scale, floor, clip, 
     samples, components = scores.shape
     if samples:
         total, value = torch.empty_like(scale), torch.empty_like(scale)
-        sizes = dict(CONVENTION=convention, BLOCK=max(16, triton.next_power_of_2(samples)))
+        block = max(16, triton.next_power_of_2(samples))
+        sizes = dict(CONVENTION=convention, BLOCK=block, num_warps=min(16, max(4, block // 64)))
         floor = floors.new_full((1,), floor)  # a number would arrive as float32
         rest = samples, components, floor
         _groups_kernel[(samples,)](scores, applies, order, group, weights, floors, total, value, valid, *rest, **sizes)

@@ -44,6 +44,8 @@ def _kernel(out_a, lse_a, out_b, lse_b, out, lse, rows, dim, ROWS: tl.constexpr,
     schema="(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
 )
 def _merge(out_a, lse_a, out_b, lse_b):
+    shapes = out_a.shape, lse_a.shape, out_b.shape, lse_b.shape
+    assert shapes == 2 * (out_a.shape, out_a.shape[:-1]), shapes
     out_a, lse_a, out_b, lse_b = (x.contiguous() for x in (out_a, lse_a, out_b, lse_b))
     out, lse, dim = torch.empty_like(out_a), torch.empty_like(lse_a), out_a.shape[-1]
     if out.numel():

@@ -1,10 +1,10 @@
-"""LayerNorm without affine times (1 + scale), one modulation row per token by index.
+"""LayerNorm without affine times (1 + scale), plus a shift where there is one; one modulation row per token by index.
 
-    n = (x - mean(x)) / sqrt(var(x) + eps);   y = n * (1 + scale[row])
+    n = (x - mean(x)) / sqrt(var(x) + eps);   y = n * (1 + scale[row]) + shift[row]
 
 Bytes: x read, y written, and the rows, 2 * N * D * itemsize; backward: x and dout read, dx written. The backward takes
-mean and var from x again; the scale's gradient is a sum over the tokens of a row, in two stages of a fixed order
-(`rows.Chunks`). Source: adaLN of Peebles and Xie (DiT, 2023), scale only as in Qwen-Image 2.1.
+mean and var from x again; the rows' gradients are sums over their tokens, in two stages of a fixed order
+(`modulation.Chunks`). Source: adaLN of Peebles and Xie (DiT, 2023); scale only in Qwen-Image 2.1, with a shift in 1.x.
 """
 
 from __future__ import annotations
@@ -14,102 +14,129 @@ import torch.nn.functional as F
 
 from qirl.kernels import tritons
 from qirl.kernels.dispatch import choose, compute_dtype
-from qirl.kernels.rows import Chunks
-from qirl.kernels.tritons import jit, tl, triton
+from qirl.kernels.modulation import Chunks, Modulation, Tile, places, places_in_order, span
+from qirl.kernels.tritons import jit, tl
 
 
-def reference(x: torch.Tensor, scale: torch.Tensor, row: torch.Tensor, eps: float) -> torch.Tensor:
+def reference(x, scale, row, eps, shift=None) -> torch.Tensor:
     dtype = compute_dtype(x)
-    normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale.to(dtype)).index_select(0, row)).to(x.dtype)
+    y = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps) * (1 + scale.to(dtype)).index_select(0, row)
+    return (y if shift is None else y + shift.to(dtype).index_select(0, row)).to(x.dtype)
 
 
 @jit
 def normed(value, inside, width, eps):
-    """(n, 1 / std) of one token's values; n is 0 outside."""
-    centred = tl.where(inside, value - tl.sum(value) / width, 0)
-    inverse = 1 / tl.sqrt_rn(tl.sum(centred * centred) / width + eps)
+    """(n, 1 / std) of tokens' values [TOKENS, BLOCK]; n is 0 outside."""
+    centred = tl.where(inside, value - tl.sum(value, 1, keep_dims=True) / width, 0)
+    inverse = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1, keep_dims=True) / width + eps)
     return centred * inverse, inverse
 
 
 @jit
-def _forward_kernel(x, scale, row, out, width, eps, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    n, _ = normed(tl.load(x + token * width + column, inside, other=0).to(tl.float32), inside, width, eps)
-    s = tl.load(scale + tl.load(row + token) * width + column, inside, other=0).to(tl.float32)
-    tl.store(out + token * width + column, (n * (1 + s)).to(out.dtype.element_ty), inside)
+def before_norm(dn, n, inverse, width):
+    """The gradient of a norm's input from that of n."""
+    return inverse * (dn - tl.sum(dn, 1, keep_dims=True) / width - n * (tl.sum(dn * n, 1, keep_dims=True) / width))
 
 
 @jit
-def _backward_kernel(dout, x, scale, dx, partial, order, chunk_row, begin, end, width, eps, BLOCK: tl.constexpr):
-    chunk = tl.program_id(0).to(tl.int64)
+def _forward_kernel(
+    x, scale, shift, row, out, tokens, width, stride, eps, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    at, of_row, inside = places(row, tokens, width, stride, TOKENS, BLOCK)
+    value = tl.load(x + at, inside, other=0).to(tl.float32)
+    gain = 1 + tl.load(scale + of_row, inside, other=0).to(tl.float32)
+    offset = 0.0
+    if shift is not None:
+        offset = tl.load(shift + of_row, inside, other=0).to(tl.float32)
+    n, _ = normed(value, inside, width, eps)
+    tl.store(out + at, (n * gain + offset).to(out.dtype.element_ty), inside)
+
+
+@jit
+def _backward_kernel(
+    dout, x, scale, dx, partial, order, spans, width, stride, eps,
+    SHIFTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    own, begin, end = span(order, spans)
     column = tl.arange(0, BLOCK)
-    own = tl.load(chunk_row + chunk)
-    inside = column < width
-    gain = 1 + tl.load(scale + own * width + column, inside, other=0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for place in range(tl.load(begin + chunk), tl.load(end + chunk)):
-        at = tl.load(order + place) * width + column
-        n, inverse = normed(tl.load(x + at, inside, other=0).to(tl.float32), inside, width, eps)
+    gain = 1 + tl.load(scale + own * stride + column, column < width, other=0).to(tl.float32)
+    of_scale, of_shift = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
+    for start in tl.range(begin, end, TOKENS, num_stages=3):
+        at, inside = places_in_order(order, start, end, width, TOKENS, BLOCK)
+        value = tl.load(x + at, inside, other=0).to(tl.float32)
         d = tl.load(dout + at, inside, other=0).to(tl.float32)
-        total += d * n
-        dn = d * gain
-        value = inverse * (dn - tl.sum(dn) / width - n * (tl.sum(dn * n) / width))
-        tl.store(dx + at, value.to(dx.dtype.element_ty), inside)
-    tl.store(partial + chunk * width + column, total, inside)
+        n, inverse = normed(value, inside, width, eps)
+        of_scale += d * n
+        if SHIFTED:
+            of_shift += d
+        tl.store(dx + at, before_norm(d * gain, n, inverse, width).to(dx.dtype.element_ty), inside)
+    chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    tl.store(partial + chunk * width + column, tl.sum(of_scale, 0), column < width)
+    if SHIFTED:
+        tl.store(partial + (chunks + chunk) * width + column, tl.sum(of_shift, 0), column < width)
 
 
 @torch.library.custom_op(
-    "qirl::norm_modulate", mutates_args=(), schema="(Tensor x, Tensor scale, Tensor row, float eps) -> Tensor"
+    "qirl::norm_modulate",
+    mutates_args=(),
+    schema="(Tensor x, Tensor scale, Tensor row, float eps, Tensor? shift=None) -> Tensor",
 )
-def _forward(x, scale, row, eps):
-    x, scale, row = x.contiguous(), scale.contiguous(), row.contiguous()
+def _forward(x, scale, row, eps, shift=None):
+    x, row, rows = x.contiguous(), row.contiguous(), Modulation.of(x, row, scale, shift)
     out, (tokens, width) = torch.empty_like(x), x.shape
     if out.numel():
-        block = triton.next_power_of_2(width)
-        _forward_kernel[(tokens,)](x, scale, row, out, width, eps, BLOCK=block, num_warps=tritons.warps(block))
+        tile = Tile.of(width)
+        grid = tile.grid(tokens, width)
+        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, width, rows.stride, eps, **tile.sizes)
     return out
 
 
 @_forward.register_fake
-def _(x, scale, row, eps):
+def _(x, scale, row, eps, shift=None):
     return tritons.contiguous_like(x)
 
 
 @torch.library.custom_op(
     "qirl::norm_modulate_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor x, Tensor scale, Tensor row, float eps) -> (Tensor, Tensor)",
+    schema="(Tensor dout, Tensor x, Tensor scale, Tensor row, float eps, bool shifted) -> (Tensor, Tensor)",
 )
-def _backward(dout, x, scale, row, eps):
-    dout, x, scale = dout.contiguous(), x.contiguous(), scale.contiguous()
-    dx, width, chunks = torch.empty_like(x), x.shape[1], Chunks(row, len(scale))
-    partial = chunks.partial(width)
-    if dx.numel():
-        block = triton.next_power_of_2(width)
-        _backward_kernel[(len(partial),)](
-            dout, x, scale, dx, partial, *chunks.tensors, width, eps, BLOCK=block, num_warps=tritons.warps(block)
-        )
-    return dx, chunks.reduce(partial).to(scale.dtype)
+def _backward(dout, x, scale, row, eps, shifted):
+    """dx, and the gradients of scale and (if shifted) shift, [1 or 2, R, D]."""
+    dout, x, rows = dout.contiguous(), x.contiguous(), Modulation.of(x, row, scale)
+    dx, width, tile = torch.empty_like(x), x.shape[1], Tile.of(x.shape[1])
+    chunks = Chunks(row, len(scale), tile, width)
+    partial = chunks.partial(1 + shifted)
+    if partial.numel():
+        _backward_kernel[chunks.grid](
+            dout, x, *rows.tensors, dx, partial, chunks.order, chunks.spans, width, rows.stride, eps,
+            SHIFTED=shifted, **tile.sizes,
+        )  # fmt: skip
+    return dx, chunks.reduce(partial, scale.dtype)
 
 
 @_backward.register_fake
-def _(dout, x, scale, row, eps):
-    return tritons.contiguous_like(x), tritons.contiguous_like(scale)
+def _(dout, x, scale, row, eps, shifted):
+    return tritons.contiguous_like(x), scale.new_empty(1 + shifted, *scale.shape)
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, shift = inputs
+    ctx.shifted = shift is not None
     ctx.save_for_backward(*tensors)
 
 
-_forward.register_autograd(
-    lambda ctx, dout: (*_backward(dout, *ctx.saved_tensors, ctx.eps), None, None), setup_context=_keep
-)
+def _gradients(ctx, dout):
+    dx, of_rows = _backward(dout, *ctx.saved_tensors, ctx.eps, ctx.shifted)
+    return dx, of_rows[0], None, None, of_rows[1] if ctx.shifted else None
 
 
-def norm_modulate(x: torch.Tensor, scale: torch.Tensor, row: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x [N, D], scale [R, D], row int64 [N] in [0, R): float32 inside, result in x's dtype."""
-    return choose("norm_modulate", reference=reference, **tritons.on(_forward, x, scale))(x, scale, row, eps)
+_forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def norm_modulate(
+    x: torch.Tensor, scale: torch.Tensor, row: torch.Tensor, eps: float = 1e-6, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [N, D], scale and shift [R, D] of one dtype, row int64 [N] in [0, R): float32 inside, result in x's dtype."""
+    own = tritons.on(_forward, x, scale)
+    return choose("norm_modulate", reference=reference, **own)(x, scale, row, eps, shift)

@@ -175,11 +175,9 @@ def _kernel(row, token, prompt, sample, word, out, seed, calls, quads, BLOCK: tl
     quad = tl.load(token + call // quads, inside, other=0) * quads + call % quads
     c1, c2 = tl.load(word + own).to(tl.uint32), tl.load(sample + own).to(tl.uint32)
     z0, z1, z2, z3 = triton_normals(seed, tl.load(prompt + own).to(tl.uint32), c2, c1, quad.to(tl.uint32))
-    place = out + call * 4
-    tl.store(place, z0, inside)
-    tl.store(place + 1, z1, inside)
-    tl.store(place + 2, z2, inside)
-    tl.store(place + 3, z3, inside)
+    z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK * 4])
+    element = tl.program_id(0).to(tl.int64) * BLOCK * 4 + tl.arange(0, BLOCK * 4)
+    tl.store(out + element, z, element < calls * 4)
 
 
 @torch.library.custom_op(

@@ -14,7 +14,7 @@ from qirl.kernels import tritons
 from qirl.kernels.dispatch import choose, compute_dtype
 from qirl.kernels.tritons import jit, tl, triton
 
-TOKENS = 4  # of a program of the Triton backward, which sums their weight gradients
+PROGRAMS = 512  # of the Triton backward at most: each sums the weight gradients of its tiles
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
@@ -60,65 +60,77 @@ class _NormRope(torch.autograd.Function):
 
 
 @jit
-def _pair(tensor, at, inside):
-    """Even and odd channels [heads, half] in float32."""
-    return tl.split(tl.load(tensor + at, inside, other=0).to(tl.float32))
+def _places(first, rows, heads, half, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Of the heads [ROWS] from `first` on: where their channels and their tokens' angles lie, and which exist."""
+    row = first + tl.arange(0, ROWS)
+    channel, pair = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
+    known = (row < rows)[:, None]
+    at = row.to(tl.int64)[:, None] * (2 * half) + channel
+    angle = (row // heads).to(tl.int64)[:, None] * half + pair
+    return at, known & (channel < 2 * half), angle, known & (pair < half)
 
 
 @jit
-def _places(token, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Where the channels [heads, half, 2] of one token lie, which of them exist, and the places of its angles [half]."""
-    head, pair, side = tl.arange(0, HEADS), tl.arange(0, HALF), tl.arange(0, 2)
-    channel = 2 * pair[None, :, None] + side[None, None, :]
-    at = (token * heads + head[:, None, None]) * (2 * half) + channel
-    inside = (head < heads)[:, None, None] & (channel < 2 * half)
-    return at, inside, token * half + pair, pair < half
+def _pairs_of(values, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """Even and odd channels [ROWS, HALF] in float32."""
+    return tl.split(tl.reshape(values.to(tl.float32), [ROWS, HALF, 2]))
 
 
 @jit
-def _forward_kernel(x, weight, cos, sin, out, heads, half, eps, HEADS: tl.constexpr, HALF: tl.constexpr):
-    at, inside, angle, known = _places(tl.program_id(0).to(tl.int64), heads, half, HEADS, HALF)
-    even, odd = _pair(x, at, inside)
-    inverse = 1 / tl.sqrt_rn(tl.sum(even * even + odd * odd, 1) / (2 * half) + eps)
-    c, s = tl.load(cos + angle, known, other=0)[None], tl.load(sin + angle, known, other=0)[None]
-    w_even, w_odd = tl.split(
-        tl.load(weight + 2 * tl.arange(0, HALF)[:, None] + tl.arange(0, 2), known[:, None], other=0).to(tl.float32)
-    )
-    even, odd = even * inverse[:, None] * w_even, odd * inverse[:, None] * w_odd
-    turned = tl.join(even * c - odd * s, even * s + odd * c)
+def _joined(even, odd, ROWS: tl.constexpr, HALF: tl.constexpr):
+    return tl.reshape(tl.join(even, odd), [ROWS, 2 * HALF])
+
+
+@jit
+def _inverse(even, odd, half, eps):
+    """1 / sqrt(mean(x^2) + eps) of each head, [ROWS, 1]."""
+    return 1 / tl.sqrt_rn(tl.sum(even * even + odd * odd, 1, keep_dims=True) / (2 * half) + eps)
+
+
+@jit
+def _forward_kernel(x, weight, cos, sin, out, rows, heads, half, eps, ROWS: tl.constexpr, HALF: tl.constexpr):
+    at, inside, angle, known = _places(tl.program_id(0) * ROWS, rows, heads, half, ROWS, HALF)
+    even, odd = _pairs_of(tl.load(x + at, inside, other=0), ROWS, HALF)
+    c, s = tl.load(cos + angle, known, other=0), tl.load(sin + angle, known, other=0)
+    channel = tl.arange(0, 2 * HALF)[None]
+    w_even, w_odd = _pairs_of(tl.load(weight + channel, channel < 2 * half, other=0), 1, HALF)
+    inverse = _inverse(even, odd, half, eps)
+    even, odd = even * inverse * w_even, odd * inverse * w_odd
+    turned = _joined(even * c - odd * s, even * s + odd * c, ROWS, HALF)
     tl.store(out + at, turned.to(out.dtype.element_ty), inside)
 
 
 @jit
 def _backward_kernel(
-    dout, x, weight, cos, sin, dx, partial, tokens, heads, half, eps,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    dout, x, weight, cos, sin, dx, partial, rows, heads, half, eps, tiles,
+    ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, HALF)
-    w_at = 2 * pair[:, None] + tl.arange(0, 2)
-    w_even, w_odd = tl.split(tl.load(weight + w_at, (pair < half)[:, None], other=0).to(tl.float32))
-    sum_even, sum_odd = tl.zeros([HALF], tl.float32), tl.zeros([HALF], tl.float32)
-    for token in range(program * TOKENS, tl.minimum((program + 1) * TOKENS, tokens)):
-        at, inside, angle, known = _places(token, heads, half, HEADS, HALF)
-        even, odd = _pair(x, at, inside)
-        d_even, d_odd = _pair(dout, at, inside)
-        inverse = (1 / tl.sqrt_rn(tl.sum(even * even + odd * odd, 1) / (2 * half) + eps))[:, None]
-        c, s = tl.load(cos + angle, known, other=0)[None], tl.load(sin + angle, known, other=0)[None]
+    program = tl.program_id(0)
+    channel = tl.arange(0, 2 * HALF)
+    w_even, w_odd = _pairs_of(tl.load(weight + channel[None], channel[None] < 2 * half, other=0), 1, HALF)
+    sum_even, sum_odd = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
+    for tile in range(tiles):
+        at, inside, angle, known = _places((program * tiles + tile) * ROWS, rows, heads, half, ROWS, HALF)
+        even, odd = _pairs_of(tl.load(x + at, inside, other=0), ROWS, HALF)
+        d_even, d_odd = _pairs_of(tl.load(dout + at, inside, other=0), ROWS, HALF)
+        c, s = tl.load(cos + angle, known, other=0), tl.load(sin + angle, known, other=0)
+        inverse = _inverse(even, odd, half, eps)
         back_even, back_odd = d_even * c + d_odd * s, d_odd * c - d_even * s
         even, odd = even * inverse, odd * inverse
-        sum_even += tl.sum(back_even * even, 0)
-        sum_odd += tl.sum(back_odd * odd, 0)
+        sum_even += back_even * even
+        sum_odd += back_odd * odd
         back_even, back_odd = back_even * w_even, back_odd * w_odd
-        along = (tl.sum(back_even * even + back_odd * odd, 1) / (2 * half))[:, None]
-        value = tl.join((back_even - even * along) * inverse, (back_odd - odd * along) * inverse)
+        along = tl.sum(back_even * even + back_odd * odd, 1, keep_dims=True) / (2 * half)
+        value = _joined((back_even - even * along) * inverse, (back_odd - odd * along) * inverse, ROWS, HALF)
         tl.store(dx + at, value.to(dx.dtype.element_ty), inside)
-    tl.store(partial + program * 2 * half + w_at, tl.join(sum_even, sum_odd), (pair < half)[:, None])
+    of_weight = tl.reshape(tl.join(tl.sum(sum_even, 0), tl.sum(sum_odd, 0)), [2 * HALF])
+    tl.store(partial + program * 2 * half + channel, of_weight, channel < 2 * half)
 
 
-def _sizes(x: torch.Tensor) -> dict[str, int]:
-    heads, half = triton.next_power_of_2(x.shape[1]), triton.next_power_of_2(x.shape[2] // 2)
-    return {"HEADS": heads, "HALF": half, "num_warps": tritons.warps(2 * heads * half)}
+def _sizes(dim: int) -> dict[str, int]:
+    """A program's tile: about 2048 channels in whole heads, 8 a thread."""
+    half = triton.next_power_of_2(dim // 2)
+    return {"ROWS": max(1, 1024 // half), "HALF": half, "num_warps": 8}
 
 
 @torch.library.custom_op(
@@ -127,11 +139,21 @@ def _sizes(x: torch.Tensor) -> dict[str, int]:
     schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor",
 )
 def _forward(x, weight, cos, sin, eps):
-    x, weight, cos, sin = (t.contiguous() for t in (x, weight, cos, sin))
+    x, weight, cos, sin = _checked(x, weight, cos, sin)
     out, (tokens, heads, dim) = torch.empty_like(x), x.shape
     if out.numel():
-        _forward_kernel[(tokens,)](x, weight, cos, sin, out, heads, dim // 2, eps, **_sizes(x))
+        sizes, rows = _sizes(dim), tokens * heads
+        grid = (triton.cdiv(rows, sizes["ROWS"]),)
+        _forward_kernel[grid](x, weight, cos, sin, out, rows, heads, dim // 2, eps, **sizes)
     return out
+
+
+def _checked(x, weight, cos, sin) -> tuple[torch.Tensor, ...]:
+    """Contiguous, of shapes that fit."""
+    angles = (x.shape[0], x.shape[2] // 2)
+    fit = weight.shape == x.shape[2:] and x.shape[2] % 2 == 0 and cos.shape == sin.shape == angles
+    assert fit, (x.shape, weight.shape, cos.shape, sin.shape)
+    return tuple(t.contiguous() for t in (x, weight, cos, sin))
 
 
 @_forward.register_fake
@@ -145,14 +167,16 @@ def _(x, weight, cos, sin, eps):
     schema="(Tensor dout, Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)",
 )
 def _backward(dout, x, weight, cos, sin, eps):
-    dout, x, weight, cos, sin = (t.contiguous() for t in (dout, x, weight, cos, sin))
-    dx, (tokens, heads, dim) = torch.empty_like(x), x.shape
-    partial = x.new_zeros(triton.cdiv(tokens, TOKENS), dim, dtype=torch.float32)
+    dout, (x, weight, cos, sin) = dout.contiguous(), _checked(x, weight, cos, sin)
+    dx, (tokens, heads, dim), sizes = torch.empty_like(x), x.shape, _sizes(x.shape[2])
+    rows = tokens * heads
+    tiles = triton.cdiv(triton.cdiv(rows, sizes["ROWS"]), PROGRAMS)
+    programs = triton.cdiv(rows, max(1, tiles) * sizes["ROWS"])
+    partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
     if dx.numel():
-        shape = tokens, heads, dim // 2
-        _backward_kernel[(len(partial),)](
-            dout, x, weight, cos, sin, dx, partial, *shape, eps, TOKENS=TOKENS, **_sizes(x)
-        )
+        _backward_kernel[(programs,)](
+            dout, x, weight, cos, sin, dx, partial, rows, heads, dim // 2, eps, tiles, **sizes
+        )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 
 

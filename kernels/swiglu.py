@@ -41,6 +41,7 @@ def _backward_kernel(dout, gate, up, dgate, dup, count, BLOCK: tl.constexpr):
 
 @torch.library.custom_op("qirl::swiglu", mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
 def _forward(gate, up):
+    assert gate.shape == up.shape, (gate.shape, up.shape)
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     tritons.over_elements(_forward_kernel, gate, up, out)

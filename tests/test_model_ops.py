@@ -10,6 +10,7 @@ from qirl.kernels.gated_residual import gated_residual
 from qirl.kernels.merge_attention import merge_attention
 from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
+from qirl.kernels.residual_norm import residual_norm
 from qirl.kernels.rows import row_mean
 from qirl.kernels.swiglu import swiglu
 
@@ -25,8 +26,16 @@ def draws(dtype=torch.float64, seed=0):
     turn = [angle.cos(), angle.sin()] if dtype == torch.float64 else [angle.cos().float(), angle.sin().float()]
     return {
         "norm_modulate": (lambda x, scale: norm_modulate(x, scale, ROW), [normal(N, DIM), normal(ROWS, DIM)]),
+        "norm_modulate with a shift": (
+            lambda x, scale, shift: norm_modulate(x, scale, ROW, shift=shift),
+            [normal(N, DIM), normal(ROWS, DIM), normal(ROWS, DIM)],
+        ),
         "gated_residual": (
             lambda x, y, gate: gated_residual(x, y, gate, ROW),
+            [normal(N, DIM), normal(N, DIM), normal(ROWS, DIM)],
+        ),
+        "gated_residual with a plain gate": (
+            lambda x, y, gate: gated_residual(x, y, gate, ROW, bounded=False),
             [normal(N, DIM), normal(N, DIM), normal(ROWS, DIM)],
         ),
         "qk_norm_rope": (lambda x, weight: qk_norm_rope(x, weight, *turn), [normal(N, HEADS, DIM), normal(DIM)]),
@@ -38,6 +47,25 @@ def draws(dtype=torch.float64, seed=0):
 def test_gradients_equal_finite_differences(op):
     run, inputs = draws()[op]
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("shifted, bounded", [(False, True), (True, False)])
+def test_gradients_of_residual_norm_equal_finite_differences(shifted, bounded):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(N, DIM), (N, DIM), *[(ROWS, DIM)] * (2 + shifted)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+    def run(x, y, gate, scale, shift=None):
+        return residual_norm(x, y, gate, scale, ROW, shift=shift, bounded=bounded)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_gradients_of_merged_attention_equal_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(N, HEADS, DIM), (N, HEADS)] * 2
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    assert torch.autograd.gradcheck(merge_attention, inputs)
 
 
 @pytest.mark.parametrize("op", draws())
@@ -65,6 +93,17 @@ def test_norm_modulate_is_layer_norm_times_one_plus_scale_of_the_row():
     centred = x - x.mean(-1, keepdim=True)
     expected = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-3) * (1 + scale[ROW])
     torch.testing.assert_close(norm_modulate(x, scale, ROW, 1e-3), expected, rtol=0, atol=1e-13)
+
+
+def test_norm_modulate_adds_the_shift_of_the_row():
+    x, scale, shift = draws()["norm_modulate with a shift"][1]
+    expected = norm_modulate(x, scale, ROW) + shift[ROW]
+    torch.testing.assert_close(norm_modulate(x, scale, ROW, shift=shift), expected)
+
+
+def test_gated_residual_takes_a_plain_gate_as_it_is():
+    x, y, gate = draws()["gated_residual"][1]
+    torch.testing.assert_close(gated_residual(x, y, gate, ROW, bounded=False), x + gate[ROW] * y)
 
 
 def test_gated_residual_bounds_the_gate_of_the_row_by_tanh():

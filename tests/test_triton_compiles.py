@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper at the real shapes without a GPU, and keeps its values in registers.
+"""Every Triton kernel compiles for Hopper at the real shapes without a GPU: registers, spills, memory accesses.
 
 python test_triton_compiles.py      what the test runs: Triton must be imported without TRITON_INTERPRET
 """
@@ -13,30 +13,45 @@ from pathlib import Path
 
 import pytest
 
-B, F, D, I = "*bf16", "*fp32", "*fp64", "*i64"  # noqa: E741
+B, F, D, I, J = "*bf16", "*fp32", "*fp64", "*i64", "*i32"  # noqa: E741
 STEP = dict(t=F, s=F, cap=F, mode=I)
 PAIR = dict(v=B, v_old=B, first=F, second=F, v_ref=B)
 TILE = dict(TOKENS=16, CHANNELS=64)
-CHUNKS = {"partial": F, "order": I, "chunk_row": I, "begin": I, "end": I}
-SIZES = {"count": "i64", "width": "i32", "eps": "fp32", "tokens": "i32", "heads": "i32", "half": "i32", "rows": "i32", "dim": "i32", "channels": "i32",
-         "calls": "i64", "quads": "i32", "samples": "i32", "components": "i32", "seed": "i64"}  # fmt: skip
-SIZES |= dict.fromkeys(("level", "sine", "guidance", "beta", "scale", "low", "high", "clip"), "fp32")
-# op.kernel: pointers, compile-time sizes, warps; 2.1 is 4096 wide with 32 heads of 128, 1.x 3072 with 24
+CHUNKS = {"partial": F, "order": J, "spans": J}
+SIZES = {
+    name: "i32"
+    for name in (
+        "width", "stride", "tokens", "heads", "half", "rows", "dim", "tiles", "size", "chunks", "channels", "quads",
+        "samples", "components",
+    )
+}  # fmt: skip
+SIZES |= {"count": "i64", "calls": "i64", "seed": "i64"}
+SIZES |= dict.fromkeys(("eps", "level", "sine", "guidance", "beta", "scale", "low", "high", "clip"), "fp32")
+# sizes that are multiples of 16 at the real shapes
+EVEN = ("width", "stride", "count", "half", "dim", "channels", "quads", "calls")
+ROWS = dict(TOKENS=1, BLOCK=4096)
+# op.kernel: pointers (None: left out), compile-time sizes, warps; 2.1 is 4096 wide with heads of 128, 1.x 3072
 KERNELS = {
     "swiglu._forward_kernel": (dict(gate=B, up=B, out=B), dict(BLOCK=2048), 4),
     "swiglu._backward_kernel": (dict(dout=B, gate=B, up=B, dgate=B, dup=B), dict(BLOCK=2048), 4),
-    "gated_residual._forward_kernel": (dict(x=B, y=B, gate=B, row=I, out=B), dict(BLOCK=2048), 4),
-    "gated_residual._backward_kernel": (dict(dout=B, y=B, gate=B, dy=B, **CHUNKS), dict(BLOCK=1024), 4),
-    "norm_modulate._forward_kernel": (dict(x=B, scale=B, row=I, out=B), dict(BLOCK=4096), 8),
-    "norm_modulate._backward_kernel": (dict(dout=B, x=B, scale=B, dx=B, **CHUNKS), dict(BLOCK=4096), 8),
-    "qk_norm_rope._forward_kernel": (dict(x=B, weight=B, cos=F, sin=F, out=B), dict(HEADS=32, HALF=64), 8),
-    "qk_norm_rope._backward_kernel": (
-        dict(dout=B, x=B, weight=B, cos=F, sin=F, dx=B, partial=F), dict(TOKENS=4, HEADS=32, HALF=64), 8,
+    "gated_residual._forward_kernel": (
+        dict(x=B, y=B, gate=B, row=I, out=B), dict(BOUNDED=True, TOKENS=1, BLOCK=2048), 4,
     ),
-    "residual_norm._forward_kernel": (dict(x=B, y=B, gate=B, scale=B, row=I, out=B, scaled=B), dict(BLOCK=4096), 8),
+    "gated_residual._backward_kernel": (
+        dict(dout=B, y=B, gate=B, dy=B, **CHUNKS), dict(BOUNDED=True, TOKENS=1, BLOCK=1024), 2,
+    ),
+    "norm_modulate._forward_kernel": (dict(x=B, scale=B, shift=B, row=I, out=B), ROWS, 8),
+    "norm_modulate._backward_kernel": (dict(dout=B, x=B, scale=B, dx=B, **CHUNKS), dict(SHIFTED=True, **ROWS), 8),
+    "qk_norm_rope._forward_kernel": (dict(x=B, weight=B, cos=F, sin=F, out=B), dict(ROWS=16, HALF=64), 8),
+    "qk_norm_rope._backward_kernel": (
+        dict(dout=B, x=B, weight=B, cos=F, sin=F, dx=B, partial=F), dict(ROWS=16, HALF=64), 8,
+    ),
+    "residual_norm._forward_kernel": (
+        dict(x=B, y=B, gate=B, scale=B, shift=None, row=I, out=B, scaled=B), dict(BOUNDED=True, **ROWS), 8,
+    ),
     "residual_norm._backward_kernel": (
-        dict(dout=B, dscaled=B, out=B, y=B, gate=B, scale=B, dx=B, dy=B, of_gate=F, of_scale=F, **CHUNKS),
-        dict(BLOCK=4096), 8,
+        dict(dout=B, dscaled=B, out=B, y=B, gate=B, scale=B, dx=B, dy=B, **CHUNKS),
+        dict(BOUNDED=False, SHIFTED=True, **ROWS), 16,
     ),
     "merge_attention._kernel": (dict(out_a=B, lse_a=F, out_b=B, lse_b=F, out=B, lse=F), dict(ROWS=16, DIM=128), 4),
     "philox._kernel": (dict(row=I, token=I, prompt=I, sample=I, word=I, out=F), dict(BLOCK=512), 4),
@@ -61,47 +76,98 @@ KERNELS = {
     ),
     "group_advantage._groups_kernel": (
         dict(scores=D, applies="*i1", order=I, group=I, weights=D, floors=D, total=D, value=D, valid="*i1", floor=D),
-        dict(CONVENTION=0, BLOCK=1024), 4,
+        dict(CONVENTION=0, BLOCK=1024), 16,
     ),
     "group_advantage._batch_kernel": (
-        dict(total=D, value=D, valid="*i1", scale=D, advantage=F, floor=D), dict(CONVENTION=3, BLOCK=1024), 4,
+        dict(total=D, value=D, valid="*i1", scale=D, advantage=F, floor=D), dict(CONVENTION=3, BLOCK=1024), 16,
     ),
-    "rows._reduce_kernel": (dict(partial=F, first=I, out=F), dict(BLOCK=256), 4),
+    "modulation._table_kernel": (dict(row=I, order=J, spans=J, first=J), dict(BLOCK=4096), 16),
+    "modulation._reduce_kernel": (dict(partial=F, first=J, out=B), dict(CHUNKS=64, BLOCK=32), 4),
 }  # fmt: skip
+# kernels that may move fewer than 16 bytes a time: their outputs are small or scattered
+NARROW = (
+    "qk_norm_rope._backward_kernel", "modulation._table_kernel", "modulation._reduce_kernel",
+    "policy_triton._rows_kernel", "velocity_match._rows_kernel", "group_advantage._groups_kernel",
+    "group_advantage._batch_kernel",
+)  # fmt: skip
+# kernels that write a number a token beside their tensors
+SUMS = (
+    "merge_attention._kernel",
+    "flow_step._kernel",
+    "policy_triton._forward_kernel",
+    "velocity_match._forward_kernel",
+)
 
 
-def compile_all() -> None:
-    """Prints one line a kernel: its name, registers and bytes spilled."""
+def build(name: str):
+    """The kernel as Triton compiles it for aligned tensors."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for name, (pointers, sizes, warps) in KERNELS.items():
-        op, _, kernel = name.partition(".")
-        fn = getattr(importlib.import_module(f"qirl.kernels.{op}"), kernel)
-        signature = {arg: pointers.get(arg) or ("constexpr" if arg in sizes else SIZES[arg]) for arg in fn.arg_names}
-        constants = {(fn.arg_names.index(arg),): value for arg, value in sizes.items()}
-        built = triton.compile(ASTSource(fn, signature, constants), target=GPUTarget("cuda", 90, 32),
-                               options={"num_warps": warps})  # fmt: skip
+    pointers, sizes, warps = KERNELS[name]
+    op, _, kernel = name.partition(".")
+    fn = getattr(importlib.import_module(f"qirl.kernels.{op}"), kernel)
+    constants = sizes | {arg: None for arg, kind in pointers.items() if kind is None}
+    signature = {arg: "constexpr" if arg in constants else pointers.get(arg) or SIZES[arg] for arg in fn.arg_names}
+    place = fn.arg_names.index
+    aligned = [arg for arg in fn.arg_names if arg not in constants and (arg in pointers or arg in EVEN)]
+    source = ASTSource(
+        fn,
+        signature,
+        {(place(arg),): value for arg, value in constants.items()},
+        {(place(arg),): [["tt.divisibility", 16]] for arg in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def compile_all() -> None:
+    """Prints one line a kernel: its name, registers, bytes of stack, and its global accesses by width."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    for name in KERNELS:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(built.asm["cubin"])
+            file.write(build(name).asm["cubin"])
             file.flush()
-            used = subprocess.run(
-                [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            used, code = (
+                subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+                for command in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
             )
-        registers, stack = (int(re.search(rf"{word}:(\d+)", used.stdout)[1]) for word in ("REG", "STACK"))
-        print(name, registers, stack)
+        registers, stack = (int(re.search(rf"{word}:(\d+)", used)[1]) for word in ("REG", "STACK"))
+        accesses = re.findall(r"\b(?:LDG|STG|LDGSTS)\.E[.\w]*", code)
+        widths = {access: accesses.count(access) for access in sorted(set(accesses))}
+        print(name, registers, stack, *(f"{access}:{count}" for access, count in widths.items()))
 
 
-def test_every_kernel_compiles_for_hopper_without_spills():
+@pytest.fixture(scope="module")
+def compiled():
+    """Rows of `compile_all` from a process of its own: name, registers, stack, accesses."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == list(KERNELS)
-    assert not [row for row in rows if int(row[2])], done.stdout
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles_for_hopper_without_spills(compiled):
+    assert [row[0] for row in compiled] == list(KERNELS)
+    assert not [row for row in compiled if int(row[2])], compiled
+
+
+def test_registers_leave_room_for_sixteen_warps_a_multiprocessor(compiled):
+    """65,536 registers, 32 threads a warp: under 128 a thread, one program of 16 warps or two of 8 fit."""
+    assert not [row for row in compiled if int(row[1]) > 128], compiled
+
+
+def test_large_tensors_move_sixteen_bytes_a_thread_at_a_time(compiled):
+    """Loads and stores in bfloat16 are 128 bits wide; narrower ones read a program's own row and span."""
+    for name, _, _, *accesses in compiled:
+        narrow = [access for access in accesses if ".128:" not in access]
+        wide = [access for access in accesses if ".128:" in access]
+        assert wide or name in NARROW, name
+        assert not [access for access in narrow if access.startswith("STG")] or name in (*NARROW, *SUMS), name
+        assert not [access for access in narrow if ".U16" in access or ".U8" in access] or name in NARROW, name
 
 
 def test_the_list_names_every_kernel_there_is():
