@@ -2,7 +2,7 @@
 
     pip install .                          pure Python: needs no compiler, never imports torch
     python setup.py build_ext --inplace    builds csrc into kernels/ (g++; with nvcc the CUDA part too)
-    python setup.py check_cuda             compiles every csrc/*.cu for sm_90a; warnings and spills fail
+    python setup.py check_cuda             compiles every csrc/*.cu for sm_80 and sm_90a; warnings and spills fail
 
 `pip install --no-build-isolation .` builds csrc as well where torch and a compiler are; csrc/build_csrc.py
 lists the environment variables that steer it.

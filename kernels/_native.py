@@ -1,12 +1,13 @@
 """Loads what `python setup.py build_ext --inplace` made of csrc/, if it was built.
 
-`qirl::philox_words` and `qirl::philox_normal` then exist as torch ops for the CPU, and for CUDA where torch
-sees a GPU and nvcc was there. Nothing here falls back: callers ask `has(device)` and choose.
+Its ops (`qirl::flow_step`, ...) then exist in torch for the CPU, and for CUDA where torch sees a GPU and nvcc was there.
+Nothing here falls back: op files ask `on(...)` and choose.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +27,6 @@ def load() -> bool:
     torch.ops.load_library(cpu)
     if cuda.is_file() and torch.cuda.is_available():
         torch.ops.load_library(cuda)
-    torch.library.register_fake("qirl::philox_words", lambda counter, seed: torch.empty_like(counter))
-    torch.library.register_fake("qirl::philox_normal", _fake_normal)
     return True
 
 
@@ -36,26 +35,34 @@ def library(part: str) -> Path:
     return _FOLDER / f"_native_{part}.so"
 
 
-def has(device: torch.device) -> bool:
-    """True if csrc serves tensors on `device`."""
-    return load() and (device.type == "cpu" or (device.type == "cuda" and library("cuda").is_file()))
+def register(op: str, fake: Callable, backward: Callable | None = None, keep: Callable | None = None) -> None:
+    """Gives csrc's `op`, if it is built, the fake that torch.compile needs, and its gradients."""
+    if load():
+        torch.library.register_fake(f"qirl::{op}", fake)
+        if backward is not None:
+            torch.library.register_autograd(f"qirl::{op}", backward, setup_context=keep)
 
 
-def _fake_normal(seed, prompt, sample_word, row, token, channels, step_word):
-    return row.new_empty(row.shape[0], channels, dtype=torch.float32)
+def on(op: str, *tensors: torch.Tensor | None) -> dict[str, Callable]:
+    """{"native": op} or {"cuda": op} where csrc serves these tensors, for `dispatch.choose`: all on one device."""
+    devices = {t.device for t in tensors if t is not None}
+    device = devices.pop()
+    if devices or device.type not in _SERVED:
+        return {}
+    return {_SERVED[device.type]: getattr(torch.ops.qirl, op)}
 
 
-def philox_words(counter: torch.Tensor, seed: int) -> torch.Tensor:
-    """Philox4x32-10 of counters [N, 4], uint32 in int64: words [N, 4] alike. seed in [0, 2^64)."""
-    return torch.ops.qirl.philox_words(counter.contiguous(), _signed(seed))
+def same(*tensors: torch.Tensor | None) -> bool:
+    """Whether csrc takes these together: all float32 or all bfloat16."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.bfloat16}
 
 
-def philox_normal(seed, prompt, sample, row, token, channels, step) -> torch.Tensor:
-    """Normals float32 [N, channels]: arguments and float64 formula of `qirl.kernels.philox.reference`."""
-    tensors = [t.contiguous() for t in (prompt, sample, row, token)]
-    return torch.ops.qirl.philox_normal(_signed(seed), *tensors, channels, step)
-
-
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """The 64 bits of `seed` as the signed integer that a torch op takes."""
     return seed - (1 << 64) if seed >> 63 else seed
+
+
+_SERVED = {"cpu": "native"} if load() else {}  # read once, for torch.compile cannot look at files
+if _SERVED and library("cuda").is_file():
+    _SERVED["cuda"] = "cuda"

@@ -12,9 +12,13 @@ GDPO (arXiv 2601.05242), Dr. GRPO (arXiv 2503.20783, no_std).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from qirl.kernels import _native, tritons
 from qirl.kernels.dispatch import choose
+from qirl.kernels.tritons import jit, tl, triton
 
 # a spread below this is rounding of equal scores, whatever the floor
 ROUNDING = 1e-12
@@ -41,8 +45,7 @@ def _z(values, mask, group, groups, floor, std_mask=None):
     return torch.where((std >= floor) & (std > ROUNDING), centred / std.clamp_min(1e-30), 0)
 
 
-def reference(scores, applies, group, weights, noise, floor, clip, convention, scale):
-    scores = scores.double()
+def reference(scores, applies, group, weights, floors, floor, clip, convention, scale):
     groups = int(group.max()) + 1 if len(group) else 0
     failed = (applies & scores.isnan()).any(1)
     # a component that failed wherever it applied in a group takes the whole group with it
@@ -54,9 +57,8 @@ def reference(scores, applies, group, weights, noise, floor, clip, convention, s
     valid = ~failed & ~lost[group] & (size[group] >= 2)
     mask = alive & valid[:, None]
 
-    share = torch.where(applies, weights.double(), 0)
+    share = torch.where(applies, weights, 0)
     share = share / share.sum(1, keepdim=True).clamp_min(1e-30)
-    floors = torch.maximum(torch.full_like(noise.double(), floor), noise.double())
     filled = torch.where(mask, scores, 0)
     if convention in ("per_reward", "gdpo"):
         advantage = (share * _z(filled, mask, group, groups, floors)).sum(1)
@@ -74,6 +76,120 @@ def reference(scores, applies, group, weights, noise, floor, clip, convention, s
             over_all = one if convention == "global_std" else None
             advantage = _z(total, one, group, groups, torch.full((1,), floor).double(), over_all)[:, 0]
     return torch.where(valid, (scale * advantage).clamp(-clip, clip), 0).float(), valid
+
+
+def _fused(op, scores, applies, group, weights, floors, floor, clip, convention, scale):
+    """The same by an op that takes the samples sorted by group."""
+    group, order = torch.sort(group, stable=True)
+    tensors = (t.contiguous() for t in (scores, applies, order, group, weights, floors, scale))
+    return op(*tensors, floor, clip, CONVENTIONS.index(convention))
+
+
+@jit
+def _mean_std(values, has):
+    """Mean and population standard deviation of the entries of a block that count."""
+    count = tl.maximum(tl.sum(has.to(tl.float64)), 1)
+    mean = tl.sum(tl.where(has, values, 0)) / count
+    away = tl.where(has, values - mean, 0)
+    return mean, tl.sqrt(tl.sum(away * away) / count)
+
+
+@jit
+def _gain(std, least):
+    """1 / std, or 0 where the spread is under the floor or is the rounding of equal scores."""
+    return tl.where((std >= least) & (std > 1e-12), 1 / tl.maximum(std, 1e-30), 0.0)
+
+
+@jit
+def _groups_kernel(
+    scores, applies, order, group, weights, floors, total, value, valid, samples, components, floor,
+    CONVENTION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The work of one group, by the program of its first sample; BLOCK holds all samples."""
+    begin = tl.program_id(0)
+    own = tl.load(group + begin)
+    if (begin == 0) | (tl.load(group + tl.maximum(begin - 1, 0)) != own):
+        place = begin + tl.arange(0, BLOCK)
+        member = (place < samples) & (tl.load(group + place, place < samples, other=-1) == own)
+        i = tl.load(order + place, member, other=0)
+        fails, lost, share = tl.zeros([BLOCK], tl.int32), begin * 0, tl.zeros([BLOCK], tl.float64)
+        for k in range(components):
+            at = i * components + k
+            uses = member & (tl.load(applies + at, member, other=0) != 0)
+            score = tl.load(scores + at, member, other=0)
+            fails += (uses & (score != score)).to(tl.int32)
+            share += tl.where(uses, tl.load(weights + at, member, other=0), 0)
+            worked = tl.sum((uses & (score == score)).to(tl.int32))
+            lost += tl.where((tl.sum(uses.to(tl.int32)) > 0) & (worked == 0), 1, 0)
+        alive = member & (fails == 0)
+        size = tl.where(lost > 0, 0, tl.sum(alive.to(tl.int32)))
+        alive = alive & (size + fails >= 2)
+        share = tl.maximum(share, 1e-30)
+        composite, advantage = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        for k in range(components):
+            at = i * components + k
+            uses = alive & (tl.load(applies + at, member, other=0) != 0)
+            score = tl.where(uses, tl.load(scores + at, uses, other=0), 0)
+            part = tl.load(weights + at, member, other=0) / share
+            composite += tl.where(uses, part * score, 0)
+            if (CONVENTION == 0) | (CONVENTION == 2):
+                mean, std = _mean_std(score, uses)
+                advantage += tl.where(uses, part * ((score - mean) * _gain(std, tl.load(floors + k))), 0)
+        if (CONVENTION != 0) & (CONVENTION != 2):
+            mean, std = _mean_std(composite, alive)
+            advantage = tl.where(alive, composite - mean, 0)
+            if CONVENTION == 1:
+                advantage *= _gain(std, tl.load(floor))
+        tl.store(total + i, composite, member)
+        tl.store(value + i, advantage, member)
+        tl.store(valid + i, alive, member)
+
+
+@jit
+def _batch_kernel(
+    total, value, valid, scale, advantage, samples, floor, clip, CONVENTION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """After all groups: the batch's mean and spread where the convention wants them, then scale and clip."""
+    i = tl.arange(0, BLOCK)
+    inside = i < samples
+    alive = tl.load(valid + i, inside, other=0) != 0
+    own = tl.load(value + i, inside, other=0)
+    if CONVENTION == 2:
+        mean, std = _mean_std(own, alive)
+        own = (own - mean) * _gain(std, 0.0)
+    if CONVENTION == 3:
+        _, std = _mean_std(tl.load(total + i, inside, other=0), alive)
+        own *= _gain(std, tl.load(floor))
+    own = tl.minimum(tl.maximum(own * tl.load(scale + i, inside, other=0), -clip), clip)
+    tl.store(advantage + i, tl.where(alive, own, 0).to(tl.float32), inside)
+
+
+@torch.library.custom_op(
+    "qirl::group_advantage_triton",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor applies, Tensor order, Tensor group, Tensor weights, Tensor floors, Tensor scale, "
+    "float floor, float clip, int convention) -> (Tensor, Tensor)",
+)
+def _triton(scores, applies, order, group, weights, floors, scale, floor, clip, convention):
+    advantage, valid = _fake(scores)
+    samples, components = scores.shape
+    if samples:
+        total, value = torch.empty_like(scale), torch.empty_like(scale)
+        sizes = dict(CONVENTION=convention, BLOCK=max(16, triton.next_power_of_2(samples)))
+        floor = floors.new_full((1,), floor)  # a number would arrive as float32
+        rest = samples, components, floor
+        _groups_kernel[(samples,)](scores, applies, order, group, weights, floors, total, value, valid, *rest, **sizes)
+        _batch_kernel[(1,)](total, value, valid, scale, advantage, samples, floor, clip, **sizes)
+    return advantage, valid
+
+
+def _fake(scores, *rest):
+    samples = len(scores)
+    return scores.new_empty(samples, dtype=torch.float32), scores.new_empty(samples, dtype=torch.bool)
+
+
+_triton.register_fake(_fake)
+_native.register("group_advantage", _fake)
 
 
 def group_advantage(
@@ -107,17 +223,12 @@ def group_advantage(
         raise ValueError(
             f"scale {tuple(scale.shape)} does not fit group {tuple(group.shape)}; give one factor a sample"
         )
-    noise = torch.zeros(scores.shape[1]) if noise is None else noise
-    scale = torch.ones(len(scores)) if scale is None else scale
-    run = choose("group_advantage", reference=reference)
-    return run(
-        scores,
-        applies,
-        group,
-        weights,
-        noise.to(scores.device),
-        floor,
-        clip,
-        convention,
-        scale.to(scores.device).double(),
-    )
+    scores, weights = scores.double(), weights.double()
+    scale = scores.new_ones(len(scores)) if scale is None else scale.to(scores)
+    floors = scores.new_full(scores.shape[1:], floor)
+    if noise is not None:
+        floors = torch.maximum(floors, noise.to(scores))
+    fused = tritons.on(_triton, group) | _native.on("group_advantage", scores, applies, group, weights)
+    fused = {name: functools.partial(_fused, op) for name, op in fused.items()}
+    run = choose("group_advantage", reference=reference, **fused)
+    return run(scores, applies, group, weights, floors, floor, clip, convention, scale)

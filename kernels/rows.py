@@ -1,7 +1,8 @@
-"""Per-row means over ragged token axes: the one place where packed losses and log-probabilities are reduced."""
+"""Sums and means over the ragged token axis: the one place where packed losses and log-probabilities are reduced."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,4 +15,12 @@ def row_mean(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """
     if len(set(lengths)) == 1:
         return values.reshape(len(lengths), -1).mean(1)
-    return torch.stack([part.mean() for part in values.split(list(lengths))]) if lengths else values.new_zeros(0)
+    if not lengths:
+        return values.sum().reshape(1)[:0]
+    return torch.stack([part.mean() for part in values.split(list(lengths))])
+
+
+@functools.lru_cache(maxsize=256)
+def offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 [R + 1]: the token at which each row begins, and the end. Kept, since a run meets the same lengths again."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0)

@@ -40,6 +40,13 @@ def over_elements(kernel, *tensors: torch.Tensor) -> None:
         kernel[(triton.cdiv(count, BLOCK),)](*tensors, count, BLOCK=BLOCK)
 
 
+def tiles(tokens: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and sizes of a kernel whose programs hold TOKENS tokens of CHANNELS (a power of two, at least 4) channels."""
+    width = max(4, triton.next_power_of_2(channels))
+    height = max(1, BLOCK // 2 // width)  # several tensors at a time must fit the registers
+    return (triton.cdiv(tokens, height),), {"TOKENS": height, "CHANNELS": width}
+
+
 def warps(block: int) -> int:
     """Warps of a program that holds a row of `block` elements in registers: 16 elements a thread at most."""
     return min(16, max(1, block // 512))

@@ -94,6 +94,6 @@ def micro_step(engine: Engine, world: DigitsWorld, conditions, draws, members, x
     times = t[members].float().to(device)
     along = times[row, None]
     v = engine.model(body, (1 - along) * clean + along * noise, times)
-    loss = velocity_match(v, noise - clean, body.lengths).sum()
+    loss = velocity_match(v, noise - clean, body.lengths, row=row).sum()
     (loss / engine.config.pretrain.batch if live else loss * 0).backward()
     return loss.detach() if live else loss.detach() * 0

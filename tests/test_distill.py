@@ -13,9 +13,8 @@ from qirl.distill.sweep import Guide, cut_samples, node_weight, sweep
 from qirl.distill.trainer import lesson_of, prompts_by_task
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES, mode_table
-from qirl.kernels.flow_step import MODES, Step, flow_step, guide
-from qirl.kernels.philox import INITIAL, TRANSITION, normal
-from qirl.kernels.policy_loss import transition_kl
+from qirl.kernels.flow_step import MODES, Noise, Step, flow_step, guide, mean_std
+from qirl.kernels.philox import INITIAL, normal
 from qirl.models.weights import load_model
 from qirl.packing import Target, pack
 from qirl.parallel.data import Ranks
@@ -97,8 +96,7 @@ def oracle(own, lesson, student, teacher, base=None):
             step = Step(*(lesson.grid[i : i + 1, k] for k in (node, node + 1, 1)), modes[node, i : i + 1], flow.level)
             states.append((x, step))
             with torch.no_grad():
-                z = normal(stream, row, token, CHANNELS, node, TRANSITION)
-                x, _ = flow_step(x, student(body, x, step.t), row, step, z=z)
+                x, _ = flow_step(x, student(body, x, step.t), row, step, noise=Noise(stream, token, node))
         for node in lesson.nodes[i]:
             x, step = states[node]
             with torch.no_grad():
@@ -218,7 +216,9 @@ def test_the_sde_weight_is_the_kl_of_two_transitions(prepare):
         squared = ((v - other) ** 2).view(len(lengths), -1).mean(1)
         ode = dataclasses.replace(step, mode=torch.zeros_like(mode))  # states by ode are weighted alike
         weighted = node_weight("sde", ode) * squared
-        torch.testing.assert_close(weighted, transition_kl(v, other, x, row, step, lengths), rtol=1e-12, atol=0)
+        means = [mean_std(x, own, row, step) for own in (v, other)]
+        divergence = ((means[0][0] - means[1][0]) ** 2).view(len(lengths), -1).mean(1) / (2 * means[0][1] ** 2)
+        torch.testing.assert_close(weighted, divergence, rtol=1e-12, atol=0)
 
 
 def test_some_nodes_are_drawn_per_sample_towards_high_noise(tmp_path, tiny_model):

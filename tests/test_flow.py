@@ -13,7 +13,7 @@ from qirl.errors import UserError
 from qirl.flow.grid import sigmas
 from qirl.flow.rollout import rollout
 from qirl.kernels import philox
-from qirl.kernels.flow_step import CPS, DANCE, MODES, ODE, SDE, Step, flow_step, guide, log_prob, mean_std
+from qirl.kernels.flow_step import CPS, DANCE, MODES, ODE, SDE, Noise, Step, flow_step, guide, log_prob, mean_std
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.packing import Condition, Target
 
@@ -133,8 +133,9 @@ def test_marginals_of_a_gaussian_target_are_kept(mode, steps, c, tolerance):
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     n = 40000
-    x = torch.randn(n, 1, dtype=torch.float64, generator=generator)
-    row = torch.zeros(n, dtype=torch.int64)
+    x = torch.randn(n // 4, 4, dtype=torch.float64, generator=generator)
+    row, token = torch.zeros(n // 4, dtype=torch.int64), torch.arange(n // 4)
+    draws = philox.stream(1, [0], [0], 0)
     for i in range(steps):
         t, s = grid[i].item(), grid[i + 1].item()
         variance = (1 - t) ** 2 * c * c + t * t
@@ -146,8 +147,7 @@ def test_marginals_of_a_gaussian_target_are_kept(mode, steps, c, tolerance):
         )
         kind = MODES.index(mode) if s > 0 else ODE
         step = make_step(t, s, kind, level=0.7, cap=grid[1].item())
-        z = torch.randn(n, 1, dtype=torch.float64, generator=generator)
-        x, _ = flow_step(x, v, row, step, z=z)
+        x, _ = flow_step(x, v, row, step, noise=Noise(draws, token, i))
     assert x.mean().item() == pytest.approx(m, abs=0.01 + tolerance)
     assert x.std().item() == pytest.approx(c, abs=tolerance)
 

@@ -7,7 +7,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from qirl.kernels import policy_loss
-from qirl.kernels.flow_step import CPS, DANCE, SDE, Step, log_prob, mean_std
+from qirl.kernels.flow_step import CPS, DANCE, SDE, Noise, Step, flow_step, log_prob, mean_std
+from qirl.kernels.philox import stream
 from qirl.kernels.velocity_match import velocity_match
 
 LENGTHS = (3, 5, 2)
@@ -49,7 +50,7 @@ def test_nft_is_the_written_out_formula(beta):
         negative = (1 + beta) * v_old - beta * v
         return r[i] * ((positive - target) ** 2).mean() + (1 - r[i]) * ((negative - target) ** 2).mean()
 
-    got = policy_loss.nft(v, v_old, x0, noise, ROW, step().t, r, LENGTHS, beta)
+    got, _ = policy_loss.nft(v, v_old, x0, noise, ROW, step().t, r, LENGTHS, beta)
     torch.testing.assert_close(got, per_row(formula, v, v_old, x0, noise), **EXACT)
 
 
@@ -67,7 +68,7 @@ def test_nft_x0_weighted_is_the_published_formula_with_a_detached_weight(beta):
             total = total + share * (error**2).mean() / error.detach().abs().mean()
         return scale * total / beta
 
-    got = policy_loss.nft(v, v_old, x0, noise, ROW, t, r, LENGTHS, beta, True, scale)
+    got, _ = policy_loss.nft(v, v_old, x0, noise, ROW, t, r, LENGTHS, beta, True, scale)
     expected = per_row(formula, v, v_old, x0, noise)
     torch.testing.assert_close(got, expected, **EXACT)
     (gradient,) = torch.autograd.grad(got.sum(), v)
@@ -77,7 +78,7 @@ def test_nft_x0_weighted_is_the_published_formula_with_a_detached_weight(beta):
 def test_nft_x0_weight_has_a_floor_where_the_prediction_is_perfect():
     _, _, x0, noise = tensors(4)
     v = (noise - x0).requires_grad_()
-    loss = policy_loss.nft(v, v.detach(), x0, noise, ROW, step().t, torch.ones(3), LENGTHS, 1.0, True)
+    loss, _ = policy_loss.nft(v, v.detach(), x0, noise, ROW, step().t, torch.ones(3), LENGTHS, 1.0, True)
     loss.sum().backward()
     assert loss.detach().abs().max() < 1e-9 and v.grad.isfinite().all()
 
@@ -94,7 +95,7 @@ def test_nft_minimiser_moves_the_velocity_by_the_published_amount():
 
     def loss(v):
         spread = [x.expand(draws, -1) for x in (v, v_old)]
-        return policy_loss.nft(*spread, torch.zeros_like(target), target, row, r, r, lengths, beta).mean()
+        return policy_loss.nft(*spread, torch.zeros_like(target), target, row, r, r, lengths, beta)[0].mean()
 
     (gradient,) = torch.autograd.grad(loss(v), v)  # quadratic with curvature 2 beta^2 / channels: one Newton step
     best = v.detach() - gradient / (2 * beta**2 / CHANNELS)
@@ -109,9 +110,9 @@ def test_nft_with_r_one_half_is_stationary_at_the_old_velocity():
     v_old, x0, noise = tensors(3)
     for weighted in (False, True):
         v = v_old.clone().requires_grad_()
-        policy_loss.nft(
-            v, v_old, x0, noise, ROW, step().t, torch.full((3,), 0.5), LENGTHS, 0.7, weighted
-        ).sum().backward()
+        policy_loss.nft(v, v_old, x0, noise, ROW, step().t, torch.full((3,), 0.5), LENGTHS, 0.7, weighted)[
+            0
+        ].sum().backward()
         assert v.grad.abs().max() < 1e-15
 
 
@@ -122,7 +123,7 @@ def test_nft_weight_maps_the_advantage_and_clips():
 
 def test_nft_sends_no_gradient_to_the_old_velocity():
     v, v_old, x0, noise = (x.requires_grad_() for x in tensors(4))
-    policy_loss.nft(v, v_old, x0, noise, ROW, step().t, torch.ones(3), LENGTHS, 0.5).sum().backward()
+    policy_loss.nft(v, v_old, x0, noise, ROW, step().t, torch.ones(3), LENGTHS, 0.5)[0].sum().backward()
     assert v_old.grad is None and v.grad.abs().max() > 0
 
 
@@ -154,7 +155,7 @@ def test_ratio_loss_is_the_written_out_formula(mode, guard):
 
     ratio = per_row(ratio_of, x_next, mean, mean_old)
     clipped = ratio.clamp(1 - low, 1 + high)
-    loss, got_ratio, got_clipped = policy_loss.policy_ratio(
+    loss, _, got_ratio, got_clipped = policy_loss.policy_ratio(
         v, v_old, x, x_next, ROW, s, advantage, LENGTHS, low, high, guard
     )
     torch.testing.assert_close(got_ratio, ratio, **EXACT)
@@ -170,7 +171,7 @@ def test_clipping_stops_the_gradient_only_where_the_update_went_too_far(sign):
     toward = (x_next - mean) * (slope - mean).sign()  # moving v along it raises the log-probability
     for direction in (1.0, -1.0):
         v = (v_old + direction * 0.2 * toward).requires_grad_()
-        loss, ratio, clipped = policy_loss.policy_ratio(
+        loss, _, ratio, clipped = policy_loss.policy_ratio(
             v, v_old, x, x_next, ROW, s, torch.full((3,), sign).double(), LENGTHS, 0.01, 0.01
         )
         assert clipped.all() and ((ratio > 1) == (direction > 0)).all()
@@ -185,7 +186,7 @@ def test_equal_velocities_give_a_ratio_of_exactly_one(dtype, mode, guard):
     if guard and mode == CPS:
         pytest.skip("guard needs a density")
     x, v_old, x_next = (p.to(dtype) for p in (*tensors(2), transition(mode)[-1]))
-    _, ratio, clipped = policy_loss.policy_ratio(
+    _, _, ratio, clipped = policy_loss.policy_ratio(
         v_old.clone(), v_old, x, x_next, ROW, step(mode), torch.ones(3), LENGTHS, 1e-4, 1e-4, guard
     )
     assert (ratio == 1).all() and not clipped.any()
@@ -195,10 +196,11 @@ def test_equal_velocities_give_a_ratio_of_exactly_one(dtype, mode, guard):
 def test_gradient_at_ratio_one_is_minus_advantage_noise_over_std_times_the_means_slope(residual):
     x, v_old, z, _, s, x_next = transition()
     if residual:  # the rollout was guided: x_next lies elsewhere, the target is rebuilt from the drawn noise
-        x_next = policy_loss.residual_target(v_old, x, z, ROW, s)
+        drawn = Noise(stream(7, [1, 2, 3], [0, 0, 0], 0), torch.arange(len(ROW)), torch.tensor([4, 0, 2]))
+        x_next, z = flow_step(x, v_old, ROW, s, noise=drawn)[0], drawn.draw(ROW, CHANNELS)
     advantage = torch.tensor([1.5, -0.5, 0.8], dtype=torch.float64)
     v = v_old.clone().requires_grad_()
-    loss, _, _ = policy_loss.policy_ratio(v, v_old, x, x_next, ROW, s, advantage, LENGTHS, 1e-4, 1e-4)
+    loss, *_ = policy_loss.policy_ratio(v, v_old, x, x_next, ROW, s, advantage, LENGTHS, 1e-4, 1e-4)
     loss.sum().backward()
     _, std = mean_std(x, v_old, ROW, s)
     slope = mean_std(x, v_old + 1, ROW, s)[0] - mean_std(x, v_old, ROW, s)[0]  # the mean is linear in v
@@ -207,18 +209,11 @@ def test_gradient_at_ratio_one_is_minus_advantage_noise_over_std_times_the_means
     torch.testing.assert_close(v.grad, expected, atol=1e-11, rtol=1e-9)  # slope by a difference
 
 
-def test_residual_target_is_the_conditional_mean_plus_the_drawn_noise():
-    x, v_old, z, _, s, _ = transition()
-    mean, std = mean_std(x, v_old, ROW, s)
-    torch.testing.assert_close(policy_loss.residual_target(v_old, x, z, ROW, s), mean + std[ROW, None] * z, **EXACT)
-    assert not policy_loss.residual_target(v_old.requires_grad_(), x, z, ROW, s).requires_grad
-
-
 def test_a_guided_old_log_probability_would_not_start_at_one():
     x, v_cond, z, _, s, _ = transition()
     v_guided = v_cond + 0.3 * tensors(1, 5)[0]
     mean, std = mean_std(x, v_guided, ROW, s)
-    _, ratio, _ = policy_loss.policy_ratio(
+    _, _, ratio, _ = policy_loss.policy_ratio(
         v_cond, v_guided, x, mean + std[ROW, None] * z, ROW, s, torch.ones(3), LENGTHS, 1e-4, 1e-4
     )
     assert (ratio != 1).all()
@@ -259,20 +254,20 @@ def test_log_probability_is_that_of_the_rounded_state():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_losses_of_half_precision_velocities_are_computed_in_float32(dtype):
     v, v_old, x0, noise = tensors(4, dtype=dtype)
-    assert (
-        policy_loss.nft(v, v_old, x0, noise, ROW, step().t.float(), torch.ones(3), LENGTHS, 1.0).dtype == torch.float32
-    )
-    assert policy_loss.velocity_kl(v, v_old, LENGTHS).dtype == torch.float32
+    given = ROW, step().t.float(), torch.ones(3), LENGTHS, 1.0
+    assert {out.dtype for out in policy_loss.nft(v, v_old, x0, noise, *given, v_ref=v_old)} == {torch.float32}
     assert velocity_match(v, v_old, LENGTHS).dtype == torch.float32
 
 
 def test_losses_of_a_pair_do_not_depend_on_the_other_pairs():
     v, v_old, x0, noise = tensors(4)
-    whole = policy_loss.nft(v, v_old, x0, noise, ROW, step().t, torch.ones(3), LENGTHS, 1.0)
+    whole, _ = policy_loss.nft(v, v_old, x0, noise, ROW, step().t, torch.ones(3), LENGTHS, 1.0)
     start = 0
     for i, n in enumerate(LENGTHS):
         own = [p[start : start + n] for p in (v, v_old, x0, noise)]
-        alone = policy_loss.nft(*own, torch.zeros(n, dtype=torch.int64), step().t[i : i + 1], torch.ones(1), (n,), 1.0)
+        alone, _ = policy_loss.nft(
+            *own, torch.zeros(n, dtype=torch.int64), step().t[i : i + 1], torch.ones(1), (n,), 1.0
+        )
         torch.testing.assert_close(alone[0], whole[i], **EXACT)
         start += n
 
@@ -282,7 +277,8 @@ def test_losses_of_a_pair_do_not_depend_on_the_other_pairs():
 
 def test_velocity_kl_is_the_mean_square_and_has_a_gradient_in_the_policy_only():
     v, v_ref = (x.requires_grad_() for x in tensors(2))
-    kl = policy_loss.velocity_kl(v, v_ref, LENGTHS)
+    others = tensors(3, 1)
+    _, kl = policy_loss.nft(v, *others, ROW, step().t, torch.ones(3), LENGTHS, 1.0, v_ref=v_ref)
     torch.testing.assert_close(kl, per_row(lambda i, a, b: ((a - b) ** 2).mean(), v, v_ref), **EXACT)
     kl.sum().backward()
     assert v.grad.abs().max() > 0 and v_ref.grad is None
@@ -295,7 +291,8 @@ def test_transition_kl_is_the_divergence_of_the_two_gaussians(mode):
     mean, std = mean_std(x, v, ROW, s)
     mean_ref, _ = mean_std(x, v_ref, ROW, s)
     expected = per_row(lambda i, a, b: kl_divergence(Normal(a, std[i]), Normal(b, std[i])).mean(), mean, mean_ref)
-    got = policy_loss.transition_kl(v, v_ref, x, ROW, s, LENGTHS)
+    _, kl, *_ = policy_loss.policy_ratio(v, v_ref, x, x, ROW, s, torch.ones(3), LENGTHS, 1e-4, 1e-4, v_ref=v_ref)
+    got = kl * policy_loss.transition_factor(s)
     torch.testing.assert_close(got, expected, **EXACT)
     got.sum().backward()
     assert v.grad.abs().max() > 0

@@ -19,8 +19,8 @@ import torch
 from qirl.config_sections import Distill, Flow
 from qirl.errors import UserError
 from qirl.flow.rollout import mode_table, step_at, with_negatives
-from qirl.kernels.flow_step import ODE, SDE, Step, flow_step, mean_std
-from qirl.kernels.philox import INITIAL, TRANSITION, Stream, normal
+from qirl.kernels.flow_step import ODE, SDE, Noise, Step, coefficients, flow_step
+from qirl.kernels.philox import INITIAL, Stream, normal
 from qirl.kernels.velocity_match import velocity_match
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, PackedBatch, Target, pack
@@ -136,9 +136,8 @@ def node_weight(kind: str, step: Step) -> torch.Tensor:
         return step.t - step.s
     t, s, cap = (p.double() for p in (step.t, step.s, step.cap))
     sde = Step(t, s, cap, torch.full_like(step.mode, SDE), step.level)
-    rows = torch.arange(len(t), device=t.device)
-    on_v, std = mean_std(torch.zeros_like(t)[:, None], torch.ones_like(t)[:, None], rows, sde)
-    return on_v[:, 0] ** 2 / (2 * std**2)
+    _, on_v, std = coefficients(sde, t.dtype)
+    return on_v**2 / (2 * std**2)
 
 
 def sweep(
@@ -186,16 +185,16 @@ def sweep(
             own = step.rows(part.samples)
             u, u_negative, v_base = _targets(guide, base, part, x[part.tokens], own.t, taught, anchored)
             out = student(part.body, x[part.tokens], own.t, prefix.leaves)
-            match = velocity_match(out, u, part.body.lengths, u_negative, guide.guidance, guide.rescale)
-            pull = velocity_match(out, v_base, part.body.lengths) if base else torch.zeros_like(match)
+            own_row = part.body.target_row
+            match = velocity_match(out, u, part.body.lengths, u_negative, guide.guidance, guide.rescale, own_row)
+            pull = velocity_match(out, v_base, part.body.lengths, row=own_row) if base else torch.zeros_like(match)
             loss = node_weight(options.weight, own).to(match.dtype) * (match + options.anchor * pull)
             factor = weight if trained else 0.0
             (loss.sum() * factor).backward()
             stats[node] = torch.stack([loss.detach(), match.detach(), pull.detach()], 1).double().sum(0) * factor
             if trained:
                 v[part.tokens] = out.detach().to(v.dtype)
-        z = normal(lesson.stream, row, token, channels, node, TRANSITION) if random[node] else None
-        x, _ = flow_step(x, v, row, step, z=z)
+        x, _ = flow_step(x, v, row, step, noise=Noise(lesson.stream, token, node) if random[node] else None)
     prefix.backward()
     return stats
 

@@ -14,8 +14,8 @@ import torch
 from qirl.config_sections import Flow
 from qirl.errors import UserError
 from qirl.flow.grid import sigmas
-from qirl.kernels.flow_step import MODES, ODE, Step, flow_step
-from qirl.kernels.philox import INITIAL, TRANSITION, Stream, normal
+from qirl.kernels.flow_step import MODES, ODE, Noise, Step, flow_step
+from qirl.kernels.philox import INITIAL, Stream, normal
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, Target, pack
 
@@ -113,10 +113,9 @@ def rollout(
     for node in range(flow.steps):
         t = grid[:, node]
         v = model(body, torch.cat([x, x]) if guided else x, torch.cat([t, t]) if guided else t, past)
-        z = normal(stream, row, token, channels, node, TRANSITION) if random[node] else None
         x_next, _ = flow_step(
             x, v[:half], row, step_at(grid, node, modes[node], flow.level),
-            v[half:] if guided else None, flow.guidance, flow.rescale, z,
+            v[half:] if guided else None, flow.guidance, flow.rescale, Noise(stream, token, node) if random[node] else None,
         )  # fmt: skip
         keepers.keep(node, x, x_next, v)
         x = x_next

@@ -10,8 +10,8 @@ import torch
 from qirl.config import TrainConfig
 from qirl.flow.rollout import Kept
 from qirl.kernels import policy_loss
-from qirl.kernels.flow_step import MODES, Step, guide, log_prob, mean_std
-from qirl.kernels.philox import LOSS, TRANSITION, Stream, normal
+from qirl.kernels.flow_step import MODES, Noise, Step, flow_step, guide, log_prob, mean_std
+from qirl.kernels.philox import LOSS, Stream, normal
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, PackedBatch, Target
 from qirl.policy.packs import Layout, Pair, Prefix
@@ -67,7 +67,7 @@ class Batch:
     noise: torch.Tensor | None = None
     step: Step | None = None
     x_next: torch.Tensor | None = None
-    z: torch.Tensor | None = None
+    drawn: Noise | None = None  # of the transition, for the residual form of hybrid CFG
     v_rollout: torch.Tensor | None = None
     v_old: torch.Tensor | None = None
     v_ref: torch.Tensor | None = None
@@ -96,7 +96,7 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
     t = exp.grid[samples, nodes]
     if config.policy.loss == "nft":
         x0 = torch.cat([exp.x0[p.sample] for p in pairs])
-        noise = _by_node(exp.stream, samples, nodes, row, token, x0.shape[1], LOSS).to(x0.dtype)
+        noise = normal(exp.stream.rows(samples), row, token, x0.shape[1], nodes, LOSS).to(x0.dtype)
         along = t[row, None].to(x0.dtype)
         return Batch(x=(1 - along) * x0 + along * noise, t=t, x0=x0, noise=noise, **common)
     mode = torch.full((len(pairs),), MODES.index(config.flow.sampler), device=device)
@@ -106,20 +106,10 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
     batch = Batch(x=x, t=t, step=step, x_next=x_next, **common)
     hybrid = config.flow.guidance != 1.0 and config.guidance.scope == "rollout"
     if hybrid and config.guidance.form == "residual":  # the drawn noise around the conditional mean
-        batch.z = _by_node(exp.stream, samples, nodes, row, token, x.shape[1], TRANSITION)
+        batch.drawn = Noise(exp.stream.rows(samples), token, nodes)
     if config.policy.old == "rollout":
         batch.v_rollout = torch.cat([k.v for k in kept])
     return batch
-
-
-def _by_node(stream: Stream, samples, nodes, row, token, channels: int, purpose: int) -> torch.Tensor:
-    """Normals of every pair: the draw of its own sample at its own node."""
-    out = torch.empty(len(token), channels, device=token.device)
-    at = nodes[row]
-    for node in sorted(set(nodes.tolist())):
-        own = at == node
-        out[own] = normal(stream, samples[row[own]], token[own], channels, node, purpose)
-    return out
 
 
 @torch.no_grad()
@@ -146,26 +136,23 @@ def loss_and_stats(v: torch.Tensor, batch: Batch, config: TrainConfig) -> tuple[
         v_old = batch.v_rollout if batch.v_rollout is not None else v.detach()
     if policy.loss == "nft":
         r = policy_loss.nft_weight(batch.advantage, config.advantage.clip)
-        loss = policy_loss.nft(
+        loss, kl = policy_loss.nft(
             v, v_old, batch.x0, batch.noise, batch.row, batch.t, r, batch.lengths, policy.nft.beta,
-            policy.nft.x0_weighted, config.advantage.clip,
+            policy.nft.x0_weighted, config.advantage.clip, batch.v_ref,
         )  # fmt: skip
         ratio, clipped = torch.ones_like(loss), torch.zeros_like(loss)
     else:
         x_next = batch.x_next
-        if batch.z is not None:
-            x_next = policy_loss.residual_target(v_old, batch.x, batch.z, batch.row, batch.step)
-        loss, ratio, clipped = policy_loss.policy_ratio(
+        if (
+            batch.drawn is not None
+        ):  # x'_c = mean(v_old) + std z: the transition that z would have made without guidance
+            x_next, _ = flow_step(batch.x, v_old, batch.row, batch.step, noise=batch.drawn)
+        loss, kl, ratio, clipped = policy_loss.policy_ratio(
             v, v_old, batch.x, x_next, batch.row, batch.step, batch.advantage, batch.lengths,
-            policy.clip_low, policy.clip_high, policy.loss == "guard",
+            policy.clip_low, policy.clip_high, policy.loss == "guard", batch.v_ref,
         )  # fmt: skip
-    kl = torch.zeros_like(loss)
-    if policy.kl:
-        kl = (
-            policy_loss.velocity_kl(v, batch.v_ref, batch.lengths)
-            if policy.kl_form == "velocity"
-            else policy_loss.transition_kl(v, batch.v_ref, batch.x, batch.row, batch.step, batch.lengths)
-        )
+    if policy.kl and policy.kl_form == "transition":
+        kl = kl * policy_loss.transition_factor(batch.step)
     valid = (batch.weight > 0).to(loss.dtype)
     stats = torch.stack([loss.detach(), ratio, clipped.to(loss.dtype), kl.detach(), valid], 1)
     total = loss + policy.kl * kl if policy.kl else loss

@@ -1,0 +1,127 @@
+// Advantages of several rewards inside prompt groups (algorithm page, section 5; reference: kernels/group_advantage.py).
+// One source for g++ and nvcc, in float64.
+#pragma once
+#include "scalars.h"
+
+namespace qirl {
+
+enum Convention { kPerReward, kSumThenNormalise, kGdpo, kGlobalStd, kNoStd };
+
+// Sums over the threads that share a group, or the batch; on a CPU there is one.
+struct Alone {
+  static constexpr int lane = 0, count = 1;
+  QIRL_FN double sum(double x) const { return x; }
+};
+
+struct AdvantageCall {
+  int64_t calls, components;         // samples
+  const double *scores, *weights;    // [samples, components]
+  const uint8_t* applies;            // [samples, components]
+  const int64_t *order, *group;      // samples sorted by group, and their groups in that order
+  const double *floors, *scale;      // [components]; [samples]
+  double floor, clip;
+  int convention;
+  double *total, *value;             // [samples]: composite reward, and advantage before scale and clip
+  float* advantage;                  // [samples]
+  uint8_t* valid;                    // [samples]
+
+  // The group whose first sample has place `begin` in the order; does nothing where none begins.
+  template <class Team>
+  QIRL_FN void run(int64_t begin, Team team) const {
+    if (begin > 0 && group[begin] == group[begin - 1]) return;
+    int64_t end = begin + 1;
+    while (end < calls && group[end] == group[begin]) ++end;
+
+    bool lost = false;
+    for (int64_t k = 0; k < components; ++k) {
+      double applied = 0, worked = 0;
+      for (int64_t m = begin + team.lane; m < end; m += team.count) {
+        const int64_t at = order[m] * components + k;
+        applied += applies[at] != 0;
+        worked += applies[at] && !std::isnan(scores[at]);
+      }
+      lost |= team.sum(applied) > 0 && team.sum(worked) == 0;
+    }
+    double size = 0;
+    for (int64_t m = begin + team.lane; m < end; m += team.count) size += !failed(order[m]);
+    const bool whole = team.sum(size) >= 2 && !lost;
+    for (int64_t m = begin + team.lane; m < end; m += team.count) {
+      const int64_t i = order[m];
+      valid[i] = whole && !failed(i);
+      total[i] = value[i] = 0;
+    }
+    if (convention == kPerReward || convention == kGdpo) {
+      for (int64_t k = 0; k < components; ++k) {
+        const auto has = [&](int64_t i) { return valid[i] && applies[i * components + k]; };
+        const auto score = [&](int64_t i) { return scores[i * components + k]; };
+        const auto add = [&](int64_t i, double z) { value[i] += share(i, k) * z; };
+        normalise(begin, end, team, has, score, floors[k], true, add);
+      }
+      return;
+    }
+    const auto has = [&](int64_t i) { return valid[i] != 0; };
+    for (int64_t m = begin + team.lane; m < end; m += team.count)
+      for (int64_t k = 0, i = order[m]; k < components; ++k)
+        if (valid[i] && applies[i * components + k]) total[i] += share(i, k) * scores[i * components + k];
+    const auto set = [&](int64_t i, double z) { value[i] = z; };
+    normalise(begin, end, team, has, [&](int64_t i) { return total[i]; }, floor, convention == kSumThenNormalise, set);
+  }
+
+  // Calls use(i, (score - mean) / std) for the samples that have one; 0 under the floor; without `divide` (score - mean).
+  template <class Team, class Has, class Score, class Use>
+  QIRL_FN void normalise(int64_t begin, int64_t end, Team team, Has has, Score score, double least, bool divide,
+                         Use use) const {
+    double sum = 0, count = 0, squares = 0;
+    for (int64_t m = begin + team.lane; m < end; m += team.count)
+      if (has(order[m])) sum += score(order[m]), count += 1;
+    count = team.sum(count);
+    const double mean = team.sum(sum) / (count < 1 ? 1 : count);
+    for (int64_t m = begin + team.lane; m < end; m += team.count)
+      if (has(order[m])) squares += (score(order[m]) - mean) * (score(order[m]) - mean);
+    const double std = sqrt(team.sum(squares) / (count < 1 ? 1 : count));
+    const double factor = !divide ? 1.0 : gain(std, least);
+    for (int64_t m = begin + team.lane; m < end; m += team.count)
+      if (has(order[m])) use(order[m], (score(order[m]) - mean) * factor);
+  }
+
+  // After all groups: the whole batch's mean and spread where the convention wants them, then scale and clip.
+  template <class Team>
+  QIRL_FN void finish(Team team) const {
+    double mean = 0, factor = 1;
+    if (convention == kGdpo || convention == kGlobalStd) {
+      const double* of = convention == kGdpo ? value : total;
+      double sum = 0, count = 0, squares = 0;
+      for (int64_t i = team.lane; i < calls; i += team.count)
+        if (valid[i]) sum += of[i], count += 1;
+      count = team.sum(count);
+      mean = team.sum(sum) / (count < 1 ? 1 : count);
+      for (int64_t i = team.lane; i < calls; i += team.count)
+        if (valid[i]) squares += (of[i] - mean) * (of[i] - mean);
+      factor = gain(sqrt(team.sum(squares) / (count < 1 ? 1 : count)), convention == kGdpo ? 0.0 : floor);
+      mean = convention == kGdpo ? mean : 0;  // global_std has already taken the group's mean
+    }
+    for (int64_t i = team.lane; i < calls; i += team.count) {
+      const double own = scale[i] * ((value[i] - mean) * factor);
+      advantage[i] = !valid[i] ? 0.0f : static_cast<float>(own < -clip ? -clip : own > clip ? clip : own);
+    }
+  }
+
+  // 1 / std, or 0 where the spread is under the floor or is the rounding of equal scores.
+  static QIRL_FN double gain(double std, double least) { return std >= least && std > 1e-12 ? 1.0 / std : 0.0; }
+
+  QIRL_FN bool failed(int64_t i) const {
+    for (int64_t at = i * components; at < (i + 1) * components; ++at)
+      if (applies[at] && std::isnan(scores[at])) return true;
+    return false;
+  }
+
+  // Weight of component k among those that apply to sample i.
+  QIRL_FN double share(int64_t i, int64_t k) const {
+    double sum = 0;
+    for (int64_t at = i * components; at < (i + 1) * components; ++at)
+      if (applies[at]) sum += weights[at];
+    return weights[i * components + k] / (sum < 1e-30 ? 1e-30 : sum);
+  }
+};
+
+}  // namespace qirl
