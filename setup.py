@@ -45,6 +45,7 @@ TEST = [
     "transformers",
     "accelerate",
     "peft",
+    "httpx2",
     "tensorboard",
 ]
 
@@ -73,7 +74,7 @@ setup(
     ],
     extras_require={
         "lora": ["peft"],
-        "rewards": ["transformers", "accelerate", "rapidocr", "onnxruntime", "httpx"],
+        "rewards": ["transformers", "accelerate", "peft", "httpx2"],
         "flash": ["flash-attn"],
         "te": ["transformer-engine[pytorch]"],
         "dali": ["nvidia-dali-cuda130"],
@@ -83,7 +84,7 @@ setup(
     # kernels/ and configs/ stand beside qirl/ in the checkout and inside it once installed
     packages=[*find_packages(include=["qirl", "qirl.*"]), "qirl.kernels", "qirl.configs"],
     package_dir={"qirl.kernels": "kernels", "qirl.configs": "configs"},
-    package_data={"qirl": ["py.typed", "**/*.html", "**/*.j2", "**/*.css"], "qirl.configs": ["**/*.yaml"]},
+    package_data={"qirl": ["py.typed", "**/*.html", "**/*.j2", "**/*.css"], "qirl.configs": ["**/*.yaml", "rubrics/*.txt"]},
     include_package_data=False,
     entry_points={"console_scripts": ["qirl = qirl.cli:main"]},
     ext_modules=[Extension("qirl.kernels._native_cpu", sources=[])] if wants_csrc() else [],

@@ -1,4 +1,4 @@
-"""The command line: `qirl quickstart | pretrain | curate | calibrate | train | distill | evaluate | sample | report | ...`.
+"""The command line: `qirl quickstart | pretrain | reward | curate | calibrate | train | distill | evaluate | sample | ...`.
 
 What a user can mend is one line on standard error and exit code 2; other exceptions keep their traceback. Works the
 same under torchrun, where only rank 0 speaks. Nothing heavy is imported before a command needs it.
@@ -32,11 +32,13 @@ app = typer.Typer(
 class WithOptions(TyperCommand):
     """A command of a config: its help ends with every option of that config."""
 
+    kind: str | None = None  # of config; None: the command's name
+
     def format_help(self, ctx, formatter) -> None:
         super().format_help(ctx, formatter)
         from qirl.tables import print_options
 
-        print_options(self.name)
+        print_options(self.kind or self.name)
 
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped config such as digits/t2i")]
@@ -166,7 +168,7 @@ def _run(kind: str, name: str, overrides: list[str] | None, dry_run: bool, out: 
             _say_probe(kind, result, config)
         elif kind != "evaluate":
             say(f"model: {result}\nnext:  qirl report {config.run.out}")
-        _leave_group()
+        leave_group()
 
 
 def _say_probe(kind: str, result: Path, config) -> None:
@@ -183,7 +185,7 @@ def _say_probe(kind: str, result: Path, config) -> None:
         say(f"calibration: {result}\nnext:  qirl train CONFIG advantage.calibration={result}")
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
     """Ends the process group of torchrun's ranks, which warns where nobody does."""
     import torch.distributed as dist
 
@@ -249,7 +251,7 @@ def export(
 
 @app.command()
 def options(
-    command: Annotated[str, typer.Argument(help="pretrain, curate, calibrate, train, distill or evaluate")],
+    command: Annotated[str, typer.Argument(help="pretrain, curate, calibrate, train, distill, evaluate or reward")],
     section: Annotated[str | None, typer.Argument(help="one section, such as policy or policy.nft")] = None,
 ) -> None:
     """List the options of a command's config: name, type, default, meaning."""
@@ -266,3 +268,9 @@ def doctor() -> None:
         from qirl.doctor import print_report
 
         print_report()
+
+
+# its commands use what stands above
+from qirl.cli_reward import app as reward  # noqa: E402
+
+app.add_typer(reward)

@@ -24,6 +24,7 @@ from qirl.config_sections import (
     Evaluation,
     Flow,
     Guidance,
+    Judge,
     Model,
     Optimizer,
     Policy,
@@ -338,9 +339,37 @@ def _check_probe(config: ProbeConfig) -> None:
     )
 
 
+class RewardConfig(Section):
+    """`qirl reward train`: a vision-language model learns to score images from 1 to 5."""
+
+    run: Run = Run()
+    judge: Judge = Judge()
+    optimizer: Optimizer = Optimizer()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        j = self.judge
+        require(j.path is not None, "judge.path is missing: name the model folder that learns to judge")
+        require(j.records is not None, "judge.records is missing: name the .jsonl file of rated images")
+        require(
+            j.per_prompt <= j.micro and j.per_prompt <= j.batch,
+            f"judge.per_prompt={j.per_prompt} records of a prompt do not fit judge.micro={j.micro} and judge.batch="
+            f"{j.batch}; raise those, or use {min(j.micro, j.batch)} or fewer",
+        )
+        require(
+            j.loss != "pairwise" or j.per_prompt > 1,
+            "judge.loss=pairwise compares records of one prompt; set judge.per_prompt to 2 or more",
+        )
+        require(
+            self.optimizer.ema == 0,
+            f"optimizer.ema={self.optimizer.ema}: a judge keeps no average of its weights; use 0",
+        )
+        return self
+
+
 KINDS = {
     "pretrain": PretrainConfig, "train": TrainConfig, "distill": DistillConfig, "evaluate": EvaluateConfig,
-    "curate": CurateConfig, "calibrate": CalibrateConfig,
+    "curate": CurateConfig, "calibrate": CalibrateConfig, "reward": RewardConfig,
 }  # fmt: skip
 
 

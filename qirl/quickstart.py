@@ -12,6 +12,7 @@ Every stage is a command of its own on configs/digits/; started again, the same 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -180,14 +181,18 @@ def train_base(config: configuration.PretrainConfig, quiet: bool) -> bool:
 
 
 def base_key(config: configuration.PretrainConfig) -> str:
-    """What decides the base's weights: its config (paths aside), the code that runs, torch and its threads."""
+    """What decides the base's weights: its config (paths aside), the code that runs, built parts too, torch and its threads."""
     import torch
 
     import qirl
+    from qirl.kernels import _native
+
+    built = _native.library("cpu")
+    native = hashlib.sha256(built.read_bytes()).hexdigest() if built.is_file() else ""
 
     plain = configuration.to_dict(config)
     plain["run"] = {k: v for k, v in plain["run"].items() if k not in ("out", "tracker", "keep")}
-    return content_key(plain, qirl, _kernels(), torch.__version__, torch.get_num_threads())
+    return content_key(plain, qirl, _kernels(), native, torch.__version__, torch.get_num_threads())
 
 
 def _kernels():

@@ -113,6 +113,20 @@ def print_curation(ledger: str | Path) -> None:
     Console().print(table)
 
 
+def print_validation(path: str | Path) -> None:
+    """The measures of a judge, a row per dimension; nothing where it had no records to validate on."""
+    if not Path(path).is_file():
+        return
+    table = Table(title="validation")
+    measures = json.loads(Path(path).read_text())
+    columns = list(next(iter(measures.values())))
+    for column in ("dimension", *columns):
+        table.add_column(column.replace("_", " "), justify="left" if column == "dimension" else "right")
+    for dimension, own in measures.items():
+        table.add_row(dimension, *(_number(own[name], "d" if name == "records" else ".3f") for name in columns))
+    Console().print(table)
+
+
 def print_calibration(path: str | Path) -> None:
     """The weights of a calibration, a row per category and component."""
     found = json.loads(Path(path).read_text())

@@ -161,7 +161,8 @@ def test_what_was_given_is_not_changed():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_resolved_config_reads_back_as_itself(kind, tmp_path):
-    config = load(kind, DISTILL if kind == "distill" else RL)
+    judge = {"judge": {"path": "base", "records": "rated.jsonl"}}
+    config = load(kind, {"distill": DISTILL, "reward": judge}.get(kind, RL))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load(kind, tmp_path / "c.yaml") == config
 

@@ -24,7 +24,7 @@ import kernels
 print(json.dumps({
     "qirl": qirl.__file__,
     "dispatch": qirl.kernels.dispatch.__file__,
-    "configs": sorted(p.relative_to(configs()).as_posix() for p in configs().rglob("*.yaml")),
+    "configs": sorted(p.relative_to(configs()).as_posix() for p in configs().rglob("*.*")),
     "kernels": getattr(kernels, "OWNER", f"ours: {kernels!r}"),
 }))
 """
@@ -105,7 +105,7 @@ def look(python, foreign, cwd, **env):
 def assert_whole(seen, home, kernels):
     assert seen["qirl"].startswith(str(home)), seen
     assert seen["dispatch"] == str(kernels / "dispatch.py")
-    assert "packaging_probe/run.yaml" in seen["configs"]
+    assert {"packaging_probe/run.yaml", "rubrics/portrait.txt"} <= set(seen["configs"])
     assert seen["kernels"] == "someone else"
 
 

@@ -62,19 +62,24 @@ def start(always_mesh: bool = False) -> Ranks:
     return Ranks(rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)))
 
 
-def shard(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype) -> torch.nn.Module:
-    """Shards every block and the rest over the ranks, in place; computes in `dtype`, reduces in float32 or better."""
+def shard(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype, blocks=None) -> torch.nn.Module:
+    """Shards every block and the rest over the ranks, in place; computes in `dtype`, reduces in float32 or better.
+
+    blocks: modules that are gathered one at a time; None: the model's transformer_blocks.
+    """
     if ranks.mesh is None:
         return model
+    blocks = list(model.transformer_blocks if blocks is None else blocks)
     # keys and values leave their block as views; nothing changes them in place, which is what FSDP warns of
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     own = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=own, cast_forward_inputs=False)
-    for block in model.transformer_blocks:
+    for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-        register_fsdp_forward_method(block, "keys_values")
+        if hasattr(block, "keys_values"):
+            register_fsdp_forward_method(block, "keys_values")
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
-    for module in (*model.transformer_blocks, model):
+    for module in (*blocks, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to sum
     return model

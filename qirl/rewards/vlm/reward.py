@@ -1,0 +1,79 @@
+"""A judge as a reward: one component, (R - 1) / 4 in [0, 1]."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+
+from qirl.rewards.protocol import Sample, Scores
+from qirl.rewards.vlm.openai_chat import JudgeError, OpenAIChat, check_servers
+from qirl.rewards.vlm.options import JudgeOptions
+from qirl.rewards.vlm.reading import Reading, read
+from qirl.rewards.vlm.rubric import load_rubric
+
+
+class JudgeReward:
+    """Scores every sample by itself: its sources, its image, its prompt. A reading that fails is NaN.
+
+    read_noise: {name: pooled standard error of the K chains on the [0, 1] scale}, as far as it is known.
+    Raises UserError at once for a rubric, a model folder or a server that does not serve.
+    """
+
+    def __init__(self, name: str, options: JudgeOptions):
+        self.components, self.options = (name,), options
+        self.rubric = load_rubric(options.rubric, options.omit)
+        self.failures: dict[str, int] = {}  # what went wrong, and how often
+        self._noise, self._chats = [0.0, 0], weakref.WeakKeyDictionary()
+        if options.servers:
+            check_servers(options)
+        else:
+            from qirl.rewards.vlm.local_chat import LocalChat
+
+            self.local = LocalChat.load(options.model, options.pixels, options.reasoning_tokens, options.temperature)
+
+    @property
+    def read_noise(self) -> dict[str, float]:
+        squares, count = self._noise
+        return {self.components[0]: math.sqrt(squares / count)} if count else {}
+
+    async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
+        readings = await asyncio.gather(*(self.reading(sample) for sample in samples))
+        return [{self.components[0]: (reading.score - 1) / 4} for reading in readings]
+
+    async def reading(self, sample: Sample) -> Reading:
+        """What the judge says of one sample; NaN, and a count in `failures`, where its servers do not answer."""
+        images = [fit(image, self.options.pixels) for image in (*sample.sources, sample.image)]
+        messages = self.rubric.messages(sample.prompt, len(sample.sources))
+        try:
+            found = await read(self._chat(), messages, images, self.options.mode, self.options.chains, seed=sample.id)
+        except JudgeError as error:
+            self.failures[str(error)] = self.failures.get(str(error), 0) + 1
+            return Reading(math.nan, ())
+        if not math.isnan(found.noise):
+            self._noise[0] += (found.noise / 4) ** 2
+            self._noise[1] += 1
+        return found
+
+    def _chat(self):
+        if not self.options.servers:
+            return self.local
+        loop = asyncio.get_running_loop()
+        if loop not in self._chats:
+            self._chats[loop] = OpenAIChat(self.options)
+        return self._chats[loop]
+
+
+def fit(image: np.ndarray, pixels: int) -> np.ndarray:
+    """uint8 [H, W, 3], scaled down (Lanczos) to at most `pixels` pixels; as it is where it fits."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    if height * width <= pixels:
+        return image
+    factor = math.sqrt(pixels / (height * width))
+    size = (max(1, int(width * factor)), max(1, int(height * factor)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
