@@ -1,6 +1,6 @@
 """What the kernel benchmark times: an op's work at one shape, the baselines that compute the same, and the op's goals.
 
-A file that registers ops (kernel_glue.py) holds a builder per op, and `OPS`: the builders with their goals by name.
+A file that registers ops (kernel_glue.py, kernel_sampler.py) holds a builder per op, and `OPS`: the builders with their goals by name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Baseline:
 class Work:
     """One op at one shape.
 
-    run and reference take `inputs`, the floating tensors with a gradient if there is a backward, and close over the rest.
+    run and reference take `inputs`, the floating tensors with a gradient if there is a backward, and close over the rest;
+    constants: what else they read that is large.
     forward and backward: bytes they must move, 0 for none. others: baselines by name, built when they are asked for (an
     ImportError says that one is not installed).
     """
@@ -53,6 +54,7 @@ class Work:
     forward: int
     backward: int = 0
     others: Mapping[str, Callable[[], Baseline]] = field(default_factory=dict)
+    constants: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Op:
-    """build(tokens, model, device); tests: the file whose tests with the op's name must pass before it is timed."""
+    """build(tokens, model, device); tests: the file whose tests with the op's name must pass before it is timed; models:
+    at whose shapes."""
 
     build: Callable[[int, Model, str], Work]
     goal: Goal
     tests: str = "tests/test_triton_ops.py"
+    models: tuple[Model, ...] = MODELS
 
 
 # goals of every op, whatever its size

@@ -3,6 +3,7 @@
     python benchmarks/kernel_times.py                        every op at every shape
     python benchmarks/kernel_times.py --ops swiglu --quick   one op at its first shape
     python benchmarks/kernel_times.py --check                exit code 1 where a goal is missed
+    python benchmarks/kernel_times.py --cpu                  ratios of the C++ ops to eager PyTorch, on a CPU
 
 One JSON row per op, pass, shape and implementation. Shapes are the real ones: Qwen-Image 2.1 is 4096 wide with 32 heads
 of 128, 1.x 3072 wide with 24, at 1,024 to 16,384 tokens. ms_*: 20, 50 and 80 per cent quantiles of device time, from
@@ -19,6 +20,7 @@ name where they find one.)
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -27,15 +29,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import kernel_glue
+import kernel_sampler
 import torch
-from kernel_ops import MODELS, TOKENS, Baseline, Model, Op, Work, disagreement, gradients
+from kernel_ops import TOKENS, Baseline, Model, Op, Work, disagreement, gradients
 from kernel_report import plot, table, verdict
 
 from qirl.run.folder import write_json
 from qirl.run.machine import machine
 
 HERE = Path(__file__).resolve().parent
-OPS: dict[str, Op] = {**kernel_glue.OPS}
+OPS: dict[str, Op] = {**kernel_sampler.OPS, **kernel_glue.OPS}
 SAME = 0.01  # |theirs - reference| / |reference|: three roundings to bfloat16 are 0.004
 
 
@@ -142,13 +145,52 @@ def measure(op: str, tokens: int, model: Model, copy: float) -> tuple[list[dict]
     return rows, [f"{op} at {tokens} x {model.width}: {note}" for note in notes]
 
 
+def on_cpu(ops: Sequence[str], repeats: int = 7) -> list[dict]:
+    """One row an op, pass and size: milliseconds of eager and of ours, by turns in one run, and their median ratio.
+
+    In float32, on one thread.
+    """
+    rows = []
+    for op in ops:
+        for tokens in (TOKENS[0], TOKENS[-1]):
+            work = OPS[op].build(tokens, OPS[op].models[0], "cpu")
+            both = work.reference, work.run
+            passes = {"forward": [functools.partial(f, *work.inputs) for f in both]}
+            if work.backward:
+                passes["backward"] = [gradients(f, work.inputs) for f in both]
+            for part, (eager, ours) in passes.items():
+                pairs = [(_spent(eager), _spent(ours)) for _ in range(repeats)]
+                middle = sorted(pairs, key=lambda pair: pair[0] / pair[1])[repeats // 2]
+                rows.append({"op": op, "pass": part, "tokens": tokens, "eager_ms": middle[0] * 1e3,
+                             "ms": middle[1] * 1e3, "ratio": middle[0] / middle[1]})  # fmt: skip
+    return rows
+
+
+def _spent(call: Callable[[], object], least: float = 0.05) -> float:
+    """Seconds of CPU time a call, over as many calls as take `least` seconds."""
+    call()
+    begun, calls = time.process_time(), 0
+    while time.process_time() - begun < least:
+        call()
+        calls += 1
+    return (time.process_time() - begun) / calls
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=sorted(OPS), default=list(OPS))
     parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--cpu", action="store_true", help="the C++ ops against eager PyTorch on this CPU")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a goal is missed")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/kernels_GPU.json")
     args = parser.parse_args(arguments)
+    if args.cpu:
+        torch.set_num_threads(1)
+        rows = on_cpu([op for op in args.ops if op in kernel_sampler.OPS])
+        write_json(args.out or HERE / "results/kernels_cpu.json", {"machine": machine(), "rows": rows})
+        for row in rows:
+            print("{op} {pass} {tokens}: {eager_ms:.3f} ms eager, {ms:.3f} ms ours, {ratio:.2f} times".format(**row))
+        return 0
     if not torch.cuda.is_available():
         print("kernels: no CUDA device here; times of a CPU would say nothing about these ops", file=sys.stderr)
         return 2
@@ -157,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     red = [op for op in args.ops if not tests_are_green(op)]
     copy, launch, rows, notes = copy_bandwidth(), launch_time(), [], []
     for op in (op for op in args.ops if op not in red):
-        for model in MODELS[: 1 if args.quick else None]:
+        for model in OPS[op].models[: 1 if args.quick else None]:
             for tokens in TOKENS[: 1 if args.quick else None]:
                 own, left_out = measure(op, tokens, model, copy)
                 rows += own
