@@ -28,7 +28,7 @@ def steps(out: Path) -> dict[str, list[str]]:
     return {
         "build": [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
         "triton": [*pytest, "tests/test_triton_ops.py"],
-        "native": [*pytest, "tests/test_native_philox.py"],
+        "native": [*pytest, "tests/test_native_philox.py", "tests/test_fused_ops.py"],
         "gpu": [*pytest, "-m", "gpu", "tests"],
         "kernels": [sys.executable, "benchmarks/kernel_times.py", "--out", str(out / "kernels.json")],
     }

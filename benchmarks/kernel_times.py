@@ -148,7 +148,7 @@ def measure(op: str, tokens: int, model: Model, copy: float) -> tuple[list[dict]
 def on_cpu(ops: Sequence[str], repeats: int = 7) -> list[dict]:
     """One row an op, pass and size: milliseconds of eager and of ours, by turns in one run, and their median ratio.
 
-    In float32, on one thread.
+    In float32, on one thread. Eager is references alone, noise included.
     """
     rows = []
     for op in ops:
@@ -159,15 +159,16 @@ def on_cpu(ops: Sequence[str], repeats: int = 7) -> list[dict]:
             if work.backward:
                 passes["backward"] = [gradients(f, work.inputs) for f in both]
             for part, (eager, ours) in passes.items():
-                pairs = [(_spent(eager), _spent(ours)) for _ in range(repeats)]
+                pairs = [(_spent(eager, "reference"), _spent(ours, "auto")) for _ in range(repeats)]
                 middle = sorted(pairs, key=lambda pair: pair[0] / pair[1])[repeats // 2]
                 rows.append({"op": op, "pass": part, "tokens": tokens, "eager_ms": middle[0] * 1e3,
                              "ms": middle[1] * 1e3, "ratio": middle[0] / middle[1]})  # fmt: skip
     return rows
 
 
-def _spent(call: Callable[[], object], least: float = 0.05) -> float:
-    """Seconds of CPU time a call, over as many calls as take `least` seconds."""
+def _spent(call: Callable[[], object], kernels: str, least: float = 0.05) -> float:
+    """Seconds of CPU time a call under QIRL_KERNELS=kernels, over as many calls as take `least` seconds."""
+    os.environ["QIRL_KERNELS"] = kernels
     call()
     begun, calls = time.process_time(), 0
     while time.process_time() - begun < least:

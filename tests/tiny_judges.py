@@ -76,11 +76,11 @@ def save_judge(folder: Path, family: str = "qwen3_vl", width: int = 128, layers:
     )  # fmt: skip
     text = dict(
         vocab_size=len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=end, pad_token_id=pad,
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.06, bos_token_id=None, eos_token_id=end, pad_token_id=pad,
     )  # fmt: skip
     vision = dict(
         depth=2, hidden_size=width, intermediate_size=2 * width, num_heads=4, patch_size=4, spatial_merge_size=2,
-        temporal_patch_size=1, out_hidden_size=width,
+        temporal_patch_size=1, out_hidden_size=width, initializer_range=0.06,
     )  # fmt: skip
     section = [width // 4 // 2 - 2 * (width // 4 // 6), width // 4 // 6, width // 4 // 6]
     torch.manual_seed(seed)
