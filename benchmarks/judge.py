@@ -117,7 +117,15 @@ def reinforce(out: Path, judge: Path, steps: int) -> dict:
         requests = len(server.requests)
     found = {"steps": steps, "requests": requests, "failures": reward.failures, "seconds": time.monotonic() - begun}
     for name, path in (("before", out / "base"), ("after", model.parent)):
-        results = qirl.evaluate("digits/evaluate", **{"model.path": str(path), "run.out": str(out / f"rl_{name}")})
+        results = qirl.evaluate(
+            "digits/evaluate",
+            **{
+                "world.task": "t2i",
+                "model.path": str(path),
+                "run.out": str(out / f"rl_{name}"),
+                "evaluation.guidance": [1.0, 2.0],
+            },
+        )
         found[name] = {scale: own for scale, own in results.items()}
     metrics = [json.loads(line) for line in (out / "rl/metrics.jsonl").read_text().splitlines()]
     return found | {"reward": [m["reward/alignment"] for m in metrics]}

@@ -19,6 +19,7 @@ from qirl.config_sections import (
     Architecture,
     Arena,
     Calibrate,
+    Composition,
     Curate,
     Distill,
     Evaluation,
@@ -35,9 +36,13 @@ from qirl.config_sections import (
     Section,
     Teacher,
     World,
+    option,
     require,
 )
 from qirl.errors import UserError
+from qirl.rewards.options import RewardOptions
+
+REWARDS = option({}, "rewards by name; empty: the world's own")
 
 
 class PretrainConfig(Section):
@@ -74,7 +79,9 @@ class TrainConfig(Section):
     flow: Flow = Flow()
     guidance: Guidance = Guidance()
     policy: Policy = Policy()
+    rewards: dict[str, RewardOptions] = REWARDS
     scoring: Scoring = Scoring()
+    composition: Composition = Composition()
     advantage: Advantage = Advantage()
 
     @model_validator(mode="after")
@@ -282,7 +289,9 @@ class ProbeConfig(Section):
     model: Model = Model()
     flow: Flow = Flow()
     probe: Probe = Probe()
+    rewards: dict[str, RewardOptions] = REWARDS
     scoring: Scoring = Scoring()
+    composition: Composition = Composition()
     advantage: Advantage = Advantage()
 
 

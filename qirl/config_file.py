@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -75,8 +75,9 @@ def _annotation(schema: Schema, path: list[str]) -> Any:
         if name not in schema.model_fields:
             return None
         found = schema.model_fields[name].annotation
-        if entry := _entry(found):  # the next part of the path names an entry
-            names, found = names[1:], entry
+        if entries := _entries(found):  # the next part of the path names an entry
+            names = names[1:]
+            found = next((e for e in entries if names and names[0] in e.model_fields), entries[0])
         elif not _is_section(found):
             return None if names else found
         schema = found
@@ -87,10 +88,30 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _entry(annotation: Any) -> Schema | None:
-    """The section that every entry of a `dict[str, Section]` is, else None."""
+def _entries(annotation: Any) -> list[Schema]:
+    """The sections that an entry of a `dict[str, Section]` or of a dict of sections by their `kind` may be, else none."""
     args = get_args(annotation)
-    return args[1] if get_origin(annotation) is dict and _is_section(args[1]) else None
+    if get_origin(annotation) is not dict:
+        return []
+    own = args[1] if _is_section(args[1]) else get_args(args[1])[0] if get_origin(args[1]) is Annotated else args[1]
+    return [s for s in get_args(own) or (own,) if _is_section(s)]
+
+
+def _entry(annotation: Any, value: Any, where: str) -> Schema:
+    """Of `_entries` the one of the value's `kind`. Raises UserError for a kind that there is not."""
+    entries = _entries(annotation)
+    if len(entries) == 1:
+        return entries[0]
+    kinds = {kind_of(entry): entry for entry in entries}
+    given = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    if given not in kinds:
+        named = nearest(given, kinds) if isinstance(given, str) else ""
+        raise UserError(f"{where}.kind={given} is none of {', '.join(kinds)}{named}")
+    return kinds[given]
+
+
+def kind_of(entry: Schema) -> str:
+    return get_args(entry.model_fields["kind"].annotation)[0]
 
 
 def check_names(schema: Schema, values: dict, where: tuple[str, ...] = (), root: Schema | None = None) -> None:
@@ -107,12 +128,13 @@ def check_names(schema: Schema, values: dict, where: tuple[str, ...] = (), root:
             if not isinstance(value, dict):
                 raise UserError(f"'{'.'.join((*where, name))}' is a section; got {value!r}, write its options below it")
             check_names(inner, value, (*where, name), root)
-        elif (entry := _entry(inner)) and isinstance(value, dict):
+        elif _entries(inner) and isinstance(value, dict):
             for key, own in value.items():
-                if own is not None and not isinstance(own, (dict, entry)):
-                    full = ".".join((*where, name, str(key)))
+                full = ".".join((*where, name, str(key)))
+                if own is not None and not isinstance(own, (dict, *_entries(inner))):
                     raise UserError(f"'{full}' is a section; got {own!r}, write its options below it")
                 value[key] = own = {} if own is None else own
+                entry = _entry(inner, own, full)
                 if isinstance(own, dict):
                     check_names(entry, own, (*where, name, str(key)), root)
 
@@ -161,10 +183,13 @@ def _hint(schema: Schema, where: list[str], error: Any) -> str:
         if name not in schema.model_fields:
             return ""
         field = schema.model_fields[name]
-        entry = _entry(field.annotation)
-        if not _is_section(field.annotation) and not (entry and names):
+        entries = _entries(field.annotation)
+        if not _is_section(field.annotation) and not (entries and names):
             return f"; the default is {_shown(field.default)}"
-        names, schema = (names[1:], entry) if entry else (names, field.annotation)
+        if len(entries) > 1:  # an error behind a union names the kind too
+            entries = [e for e in entries if len(names) > 1 and kind_of(e) == names[1]] or entries
+            names = names[1:]
+        names, schema = (names[1:], entries[0]) if entries else (names, field.annotation)
     return ""
 
 
@@ -181,11 +206,12 @@ def describe(schema: Schema) -> list[tuple[str, str, str, str]]:
         for name, field in schema.model_fields.items():
             if _is_section(field.annotation):
                 walk(field.annotation, (*where, name))
-            elif entry := _entry(field.annotation):
-                walk(entry, (*where, name, "NAME"))
+            elif entries := _entries(field.annotation):
+                for entry in entries:
+                    walk(entry, (*where, name, "NAME" if len(entries) == 1 else f"NAME({kind_of(entry)})"))
             else:
-                kind_of = _type_name(field.annotation) + _limits(field.metadata)
-                rows.append((".".join((*where, name)), kind_of, _shown(field.default), field.description or ""))
+                own = _type_name(field.annotation) + _limits(field.metadata)
+                rows.append((".".join((*where, name)), own, _shown(field.default), field.description or ""))
 
     walk(schema, ())
     return rows

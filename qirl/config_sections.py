@@ -233,6 +233,16 @@ class Advantage(Section):
     shuffle: bool = option(False, "control experiment: rewards are shuffled inside each group")
 
 
+class Composition(Section):
+    layers: tuple[str, ...] = option(
+        (), "components from the lowest layer up: where one fails, those above it are capped"
+    )
+    failing: float = option(0.25, "a layer fails below this score", ge=0, le=1)
+    cap: float = option(0.25, "most that the layers above a failed one can score", ge=0, le=1)
+    gates: dict[str, float] = option({}, "limits of components that a sample must reach, such as {safety: 0.5}")
+    gated: Literal["zero", "drop"] = option("zero", "a sample below one: all its components are 0, or it is dropped")
+
+
 class Scoring(Section):
     workers: int = option(1, "micro-groups of images that are scored at the same time, in the background", ge=1)
     timeout: float = option(300.0, "seconds a reward may take for one micro-group", gt=0)

@@ -34,6 +34,7 @@ from qirl.policy.advantages import (
     weights_of,
     z_scores,
 )
+from qirl.policy.composition import compose
 from qirl.rewards.protocol import Reward
 from qirl.run.folder import check_writable, write_json
 
@@ -95,7 +96,8 @@ def calibrated(rows: Sequence[dict], noise: dict[str, float], config: CalibrateC
     found = {}
     for category in categories:
         own = [row["scores"] for row in rows if row["category"] == category]
-        scores = table([scores for group in own for scores in group], components)
+        raw = table([scores for group in own for scores in group], components)
+        scores = compose(raw, components, config.composition)
         used = [k for k in range(len(components)) if bool((scores[:, k] != ABSENT).any())]
         names = [components[k] for k in used]
         group = torch.arange(len(own)).repeat_interleave(len(own[0]))

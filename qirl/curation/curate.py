@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from qirl.config import CurateConfig, to_dict
-from qirl.config_sections import Advantage, Curate
+from qirl.config_sections import Advantage, Composition, Curate
 from qirl.curation.ledger import RAW
 from qirl.curation.probe import Probe, collect, open_probe
 from qirl.data.prompts import Prompt
@@ -35,6 +35,7 @@ from qirl.policy.advantages import (
     table,
     weights_of,
 )
+from qirl.policy.composition import compose
 from qirl.rewards.protocol import Reward
 from qirl.run.folder import write_bytes
 
@@ -54,7 +55,7 @@ def curate(config: CurateConfig, rewards: Sequence[Reward] = (), quiet: bool = F
     path = ledger.path.with_name(CURATED)
     if probe.ranks.first:
         header, rows = ledger.read()
-        rows = decide(rows, config.curate, config.advantage, header["read_noise"])
+        rows = decide(rows, config.curate, config.advantage, header["read_noise"], config.composition)
         plain = to_dict(config)
         weights = {name: plain["advantage"][name] for name in ("weights", "category_weights")}
         path.unlink(missing_ok=True)  # of earlier decisions
@@ -94,7 +95,13 @@ def composite_noise(scores: torch.Tensor, weights: torch.Tensor, noise: torch.Te
     return float(((share * noise.double()) ** 2).sum(1).sqrt().max())
 
 
-def decide(rows: Sequence[dict], options: Curate, advantage: Advantage, noise: dict[str, float]) -> list[dict]:
+def decide(
+    rows: Sequence[dict],
+    options: Curate,
+    advantage: Advantage,
+    noise: dict[str, float],
+    composition: Composition | None = None,
+) -> list[dict]:
     """Ledger lines with composite, mean, range, threshold, decision and reason; rows as `Ledger.read` gives them.
 
     Raises UserError for weights of no component or category, and for a tau below twice the read noise.
@@ -104,14 +111,14 @@ def decide(rows: Sequence[dict], options: Curate, advantage: Advantage, noise: d
         raise UserError("no reward returned a component for any sample; a reward returns {component: score} per sample")
     check_components(advantage, components, sorted({row["category"] for row in rows}))
     noises = torch.tensor([noise.get(name, 0.0) for name in components], dtype=torch.float64)
-    decided = [_judge(row, components, options, advantage, noises) for row in rows]
+    decided = [_judge(row, components, options, advantage, noises, composition or Composition()) for row in rows]
     for row in over_balance([r for r in decided if r["decision"] == "keep"], options.balance):
         row |= {"decision": "drop", "reason": "balance"}
     return decided
 
 
-def _judge(row: dict, components: Sequence[str], options: Curate, advantage: Advantage, noise: torch.Tensor) -> dict:
-    scores = table(row["scores"], components)
+def _judge(row: dict, components, options: Curate, advantage: Advantage, noise, composition: Composition) -> dict:
+    scores = compose(table(row["scores"], components), list(components), composition)
     weights = torch.tensor([weights_of(advantage, row["category"], components)]).expand_as(scores)
     values = composite(scores, weights)
     scored = values[~values.isnan()]

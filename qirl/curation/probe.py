@@ -33,6 +33,7 @@ from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
 from qirl.policy.nodes import draw_nodes
 from qirl.rewards.protocol import Reward, Sample, name_of
+from qirl.rewards.registry import build
 from qirl.rewards.scorer import Scorer
 from qirl.run.folder import RunFolder, write_bytes
 from qirl.run.progress import Live
@@ -99,7 +100,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    return Probe(config, world, prompts, list(rewards) or world.rewards(), start())
+    return Probe(config, world, prompts, list(rewards) or build(config.rewards) or world.rewards(), start())
 
 
 def candidates(config: CurateConfig | CalibrateConfig, world: DigitsWorld) -> list[Prompt]:

@@ -12,6 +12,7 @@ from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.parallel.data import gather_rows
 from qirl.policy.advantages import ABSENT, check_categories, table, unknown_weights
+from qirl.policy.composition import compose
 from qirl.rewards.edits import copies
 from qirl.rewards.protocol import Sample, Scores
 
@@ -65,7 +66,7 @@ def sample_number(trainer, step: int, index: int) -> int:
 def gather_scores(
     trainer, ids: torch.Tensor, scores: Sequence[Scores], chosen, step: int, rows: int | None = None
 ) -> torch.Tensor:
-    """Raw scores of all ranks' samples, float64 [N, K], sorted by id; written to scores.jsonl before they are used.
+    """Scores of all ranks' samples, float64 [N, K], sorted by id; as they came into scores.jsonl, then composed.
 
     ids: of this rank's samples. rows: how many each rank gives, where it is not the same everywhere.
     Raises UserError where more samples failed than advantage.max_failed.
@@ -82,7 +83,7 @@ def gather_scores(
             f"step {step + 1}: {failed:.0%} of the samples could not be scored, more than advantage.max_failed="
             f"{limit:.0%}; mend the reward, then start the same command again"
         )
-    return everything
+    return compose(everything, trainer.components, trainer.config.composition)
 
 
 def write_scores(trainer, ids: torch.Tensor, everything: torch.Tensor, chosen, step: int) -> None:

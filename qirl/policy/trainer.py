@@ -38,6 +38,7 @@ from qirl.policy.refill import Drawn, refill
 from qirl.policy.scoring import StepScores, gather_scores
 from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
 from qirl.rewards.protocol import Reward
+from qirl.rewards.registry import build
 from qirl.rewards.scorer import Scorer
 
 # per optimizer step, its layouts and their batches
@@ -71,7 +72,7 @@ class Trainer:
 def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> Engine:
     """Trains (or continues) the run in config.run.out and exports it to its model/ folder.
 
-    rewards: callables of qirl.rewards.protocol; none: the world's own. Raises UserError for a config, prompt file or
+    rewards: callables of qirl.rewards.protocol; none: those of config.rewards, or else the world's own. Raises UserError for a config, prompt file or
     folder that does not fit, and where too many samples fail; SystemExit 143 after a SIGTERM, on a checkpoint.
     """
     trainer = open_trainer(config, rewards)
@@ -121,7 +122,7 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
         )
     sampler = PromptSampler(prompts, config.run.seed)
     check_noise_counters("policy", config.policy.prompts, config.policy.group, sampler)
-    rewards = list(rewards) or world.rewards()
+    rewards = list(rewards) or build(config.rewards) or world.rewards()
     if declared := declared_components(rewards):
         check_components(config.advantage, declared, sampler.categories)
     calibration = None

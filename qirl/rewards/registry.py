@@ -1,0 +1,47 @@
+"""From the options in a config to rewards: a kind's class is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from qirl.errors import UserError
+from qirl.rewards.options import PythonOptions, RewardOptions
+from qirl.rewards.protocol import Reward
+
+KINDS = {"judge": "qirl.rewards.vlm.reward:JudgeReward"}  # a class that takes (name, options)
+
+
+def build(options: Mapping[str, RewardOptions]) -> list[Reward]:
+    """The rewards of a config, in its order.
+
+    Raises UserError for one that cannot be had (a package, weights, a server, a function), and for a component that two
+    of them return.
+    """
+    rewards = [_build(name, own) for name, own in options.items()]
+    owners: dict[str, str] = {}
+    for name, reward in zip(options, rewards, strict=True):
+        for component in getattr(reward, "components", ()):
+            if component in owners:
+                raise UserError(
+                    f"rewards.{owners[component]} and rewards.{name} both return the component '{component}'; rename or "
+                    "remove one"
+                )
+            owners[component] = name
+    return rewards
+
+
+def _build(name: str, options: RewardOptions) -> Reward:
+    if isinstance(options, PythonOptions):
+        return _load(options.target, f"rewards.{name}.target={options.target}")
+    return _load(KINDS[options.kind], f"rewards.{name}")(name, options)
+
+
+def _load(target: str, what: str):
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"{what} cannot be imported ({error}); install it, or mend the name") from None
+    except AttributeError:
+        raise UserError(f"{what}: {module} has no {attribute}") from None
