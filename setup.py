@@ -46,7 +46,10 @@ TEST = [
     "accelerate",
     "peft",
     "httpx2",
+    "prometheus_client",
+    "starlette",
     "tensorboard",
+    "uvicorn",
 ]
 
 setup(
@@ -74,7 +77,7 @@ setup(
     ],
     extras_require={
         "lora": ["peft"],
-        "rewards": ["transformers", "accelerate", "peft", "httpx2"],
+        "rewards": ["transformers", "accelerate", "peft", "httpx2", "starlette", "uvicorn", "prometheus_client"],
         "flash": ["flash-attn"],
         "te": ["transformer-engine[pytorch]"],
         "dali": ["nvidia-dali-cuda130"],

@@ -34,6 +34,7 @@ from qirl.config_sections import (
     Run,
     Scoring,
     Section,
+    Serve,
     Teacher,
     World,
     option,
@@ -376,9 +377,28 @@ class RewardConfig(Section):
         return self
 
 
+class ServeConfig(Section):
+    """`qirl reward serve | score | check`: rewards without a training run."""
+
+    rewards: dict[str, RewardOptions] = REWARDS
+    serve: Serve = Serve()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        require(len(self.rewards) > 0, "rewards is empty: name a reward, such as rewards.text.kind=judge")
+        loopback = self.serve.host in ("localhost", "::1") or self.serve.host.startswith("127.")
+        require(
+            loopback or self.serve.token_variable is not None,
+            f"serve.host={self.serve.host} is open to others: set serve.token_variable to an environment variable with a "
+            "token, or use 127.0.0.1",
+        )
+        return self
+
+
 KINDS = {
     "pretrain": PretrainConfig, "train": TrainConfig, "distill": DistillConfig, "evaluate": EvaluateConfig,
     "curate": CurateConfig, "calibrate": CalibrateConfig, "reward": RewardConfig,
+    "serve": ServeConfig,
 }  # fmt: skip
 
 

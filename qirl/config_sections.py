@@ -243,6 +243,19 @@ class Composition(Section):
     gated: Literal["zero", "drop"] = option("zero", "a sample below one: all its components are 0, or it is dropped")
 
 
+class Serve(Section):
+    host: str = option("127.0.0.1", "address to listen on; another than loopback needs a token")
+    port: int = option(8100, "port to listen on; 0: any free one", ge=0, le=65535)
+    token_variable: str | None = option(None, "environment variable that holds the bearer token of clients")
+    batch: int = option(32, "samples that rewards score at a time, of any requests", ge=1)
+    wait: float = option(0.005, "seconds that a batch waits for more samples", ge=0, le=10)
+    queue: int = option(2048, "samples that may wait; a request beyond that is told to come again (429)", ge=1)
+    timeout: float = option(300.0, "seconds that a reward may take for a batch; then its components fail", gt=0)
+    max_body: int = option(256 * 2**20, "bytes of a request", ge=1024)
+    max_images: int = option(256, "images of a request, sources included", ge=1)
+    max_pixels: int = option(2**24, "pixels of an image", ge=256)
+
+
 class Scoring(Section):
     workers: int = option(1, "micro-groups of images that are scored at the same time, in the background", ge=1)
     timeout: float = option(300.0, "seconds a reward may take for one micro-group", gt=0)

@@ -127,6 +127,33 @@ def print_validation(path: str | Path) -> None:
     Console().print(table)
 
 
+def print_scores(rows: list[dict[str, float]]) -> None:
+    """Mean, lowest and highest score of every component, and how many images failed or lack it."""
+    table = Table(title=f"{len(rows)} images")
+    for column in ("component", "mean", "lowest", "highest", "failed", "does not apply"):
+        table.add_column(column, justify="left" if column == "component" else "right")
+    for name in sorted({name for row in rows for name in row}):
+        own = [row[name] for row in rows if name in row]
+        kept = [v for v in own if v == v]
+        numbers = (sum(kept) / len(kept), min(kept), max(kept)) if kept else (None,) * 3
+        table.add_row(name, *(_number(v, ".3f") for v in numbers), str(len(own) - len(kept)), str(len(rows) - len(own)))
+    Console().print(table)
+
+
+def print_attacks(found: dict[str, dict[str, tuple[float, float]]], limit: float) -> bool:
+    """Where every attack falls among the real images; whether all of them stay at or under `limit`."""
+    table, fine = Table(title="attacks: mean score, and the share of real images that it beats"), True
+    for column in ("component", "attack", "score", "beats", ""):
+        table.add_column(column, justify="left" if column in ("component", "attack", "") else "right")
+    for component, own in found.items():
+        for attack, (score, share) in own.items():
+            high = share > limit
+            fine = fine and not high
+            table.add_row(component, attack, _number(score, ".3f"), _number(share, ".0%"), "too high" if high else "")
+    Console().print(table)
+    return fine
+
+
 def print_calibration(path: str | Path) -> None:
     """The weights of a calibration, a row per category and component."""
     found = json.loads(Path(path).read_text())

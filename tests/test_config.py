@@ -162,7 +162,12 @@ def test_what_was_given_is_not_changed():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_resolved_config_reads_back_as_itself(kind, tmp_path):
     judge = {"judge": {"path": "base", "records": "rated.jsonl"}}
-    config = load(kind, {"distill": DISTILL, "reward": judge}.get(kind, RL))
+    config = load(
+        kind,
+        {"distill": DISTILL, "reward": judge, "serve": {"rewards": {"j": {"kind": "judge", "model": "m"}}}}.get(
+            kind, RL
+        ),
+    )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load(kind, tmp_path / "c.yaml") == config
 

@@ -305,7 +305,7 @@ def test_missing_images_within_the_share_are_left_out_and_listed(tmp_path):
 def test_an_unreadable_image_is_named(tmp_path):
     path = write_records(tmp_path / "d", GOOD)
     (tmp_path / "d/a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="a.png cannot be read as an image"):
+    with pytest.raises(UserError, match="a.png is no image of format"):
         load_records(path)[0][0].load()
 
 

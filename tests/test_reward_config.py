@@ -45,7 +45,8 @@ def test_rewards_of_a_config_are_built_in_its_order():
 @pytest.mark.parametrize("kind", [k for k in KINDS if "rewards" in KINDS[k].model_fields])
 def test_rewards_read_back_from_a_resolved_config(kind, tmp_path):
     judge = {"kind": "judge", "model": "m", "omit": ["attractiveness"], "rubric": "portrait"}
-    config = load(kind, {"model": {"path": "m"}, "rewards": {"j": judge, "p": HERE}})
+    given = {} if kind == "serve" else {"model": {"path": "m"}}
+    config = load(kind, given | {"rewards": {"j": judge, "p": HERE}})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load(kind, tmp_path / "c.yaml") == config
     names = [name for name, *_ in describe(kind)]
@@ -61,7 +62,7 @@ def test_an_override_reaches_an_option_of_a_reward():
 @pytest.mark.parametrize(
     "rewards,message",
     [
-        ({"a": {"kind": "jugde"}}, "rewards.a.kind=jugde is none of judge, python; did you mean 'judge'"),
+        ({"a": {"kind": "jugde"}}, "rewards.a.kind=jugde is none of judge, python, server; did you mean 'judge'"),
         ({"a": {"model": "m"}}, "rewards.a.kind=None is none of"),
         (
             {"a": {"kind": "judge", "model": "m", "chain": 3}},

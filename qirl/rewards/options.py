@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qirl.config_sections import Section, option, require
+from qirl.rewards.remote import Remote
 from qirl.rewards.vlm.options import JudgeOptions
 
 
@@ -20,4 +21,14 @@ class PythonOptions(Section):
         return self
 
 
-RewardOptions = Annotated[JudgeOptions | PythonOptions, Field(discriminator="kind")]
+class ServerOptions(Remote):
+    kind: Literal["server"] = option("server", "a scorer server, `qirl reward serve`")
+    servers: tuple[str, ...] = option(
+        (), "addresses of scorer servers of one config, such as http://host:8100", min_length=1
+    )
+    components: tuple[str, ...] = option((), "components to take; empty: all that the servers have")
+    batch: int = option(16, "samples in one request", ge=1)
+    cache: int = option(4096, "samples whose scores are kept, by the content of images and prompt; 0: none", ge=0)
+
+
+RewardOptions = Annotated[JudgeOptions | PythonOptions | ServerOptions, Field(discriminator="kind")]

@@ -9,7 +9,8 @@ from qirl.errors import UserError
 from qirl.rewards.options import PythonOptions, RewardOptions
 from qirl.rewards.protocol import Reward
 
-KINDS = {"judge": "qirl.rewards.vlm.reward:JudgeReward"}  # a class that takes (name, options)
+# classes that take (name, options)
+KINDS = {"judge": "qirl.rewards.vlm.reward:JudgeReward", "server": "qirl.rewards.client:ServerReward"}
 
 
 def build(options: Mapping[str, RewardOptions]) -> list[Reward]:

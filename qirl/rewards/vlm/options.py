@@ -6,12 +6,13 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from qirl.config_sections import Section, option, require
+from qirl.config_sections import option, require
+from qirl.rewards.remote import Remote
 
 Mode = Literal["expected_cot", "expected_direct", "parsed"]
 
 
-class JudgeOptions(Section):
+class JudgeOptions(Remote):
     kind: Literal["judge"] = option("judge", "a vision-language model that scores from 1 to 5")
     rubric: str = option("alignment", "what it is asked: a rubric that ships with qirl, or a text file")
     omit: tuple[str, ...] = option((), "optional lines of the rubric to leave out, such as attractiveness")
@@ -25,16 +26,9 @@ class JudgeOptions(Section):
         (), "addresses of OpenAI-compatible servers (vLLM, SGLang) that serve one model, such as http://host:8000/v1"
     )
     model: str | None = option(None, "the model's name on the servers; without servers: its folder, read in process")
-    token_variable: str | None = option(None, "environment variable that holds the servers' bearer token")
     temperature: float = option(0.7, "temperature of the reasoning", ge=0, le=2)
     reasoning_tokens: int = option(512, "longest reasoning; a longer one is cut off and does not count", ge=1)
     pixels: int = option(1_048_576, "an image of more pixels is scaled down to this many", ge=256)
-    concurrency: int = option(32, "requests under way at the same time", ge=1)
-    timeout: float = option(120.0, "seconds that one request may take", gt=0)
-    retries: int = option(4, "further tries of a request after an error of a server, on the next one", ge=0)
-    backoff: float = option(
-        0.5, "seconds before the first of them, doubled for each one after it, times 0.5 to 1.5", ge=0
-    )
 
     @model_validator(mode="after")
     def _has_a_model(self):

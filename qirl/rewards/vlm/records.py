@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from qirl.errors import UserError
+from qirl.rewards.images import read_image
 
 SPLITS = ("train", "validation")
 SHOWN = 3  # bad lines that a message names
@@ -104,17 +105,6 @@ def _record(path: Path, number: int, line: str) -> Record:
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3], turned as its EXIF says."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from None
 
 
 def by_prompt(records: Sequence[Record]) -> list[list[Record]]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qirl.rewards.protocol import Sample, Scores
-from qirl.rewards.vlm.openai_chat import JudgeError, OpenAIChat, check_servers
+from qirl.rewards.remote import ServerError
+from qirl.rewards.vlm.openai_chat import OpenAIChat, check_servers
 from qirl.rewards.vlm.options import JudgeOptions
 from qirl.rewards.vlm.reading import Reading, read
 from qirl.rewards.vlm.rubric import load_rubric
@@ -50,7 +51,7 @@ class JudgeReward:
         messages = self.rubric.messages(sample.prompt, len(sample.sources))
         try:
             found = await read(self._chat(), messages, images, self.options.mode, self.options.chains, seed=sample.id)
-        except JudgeError as error:
+        except ServerError as error:
             self.failures[str(error)] = self.failures.get(str(error), 0) + 1
             return Reading(math.nan, ())
         if not math.isnan(found.noise):

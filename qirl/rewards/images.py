@@ -1,0 +1,82 @@
+"""Images from outside: any mode becomes uint8 RGB, and what could harm is refused before a pixel of it is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from qirl.errors import UserError
+
+PIXELS = 2**26  # of one image at most: 8192 x 8192
+TRANSPORT = ("PNG", "WEBP")  # formats that can be lossless
+FILES = ("PNG", "WEBP", "JPEG", "TIFF", "BMP", "GIF")
+
+
+def decode(data: bytes, what: str, pixels: int = PIXELS, formats: tuple[str, ...] = TRANSPORT) -> np.ndarray:
+    """An encoded image as uint8 [H, W, 3]: turned as its EXIF says, transparent places on white, 16 bits scaled to 8.
+
+    what: its name in errors. Raises UserError for what is no image, not of `formats`, of more pixels, or truncated.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            image = Image.open(io.BytesIO(data), formats=formats)
+            width, height = image.size
+            if width * height > pixels:
+                raise UserError(
+                    f"{what} has {width} x {height} pixels, more than the {pixels} that are allowed; scale it down"
+                )
+            image.load()
+    except UnidentifiedImageError:
+        raise UserError(f"{what} is no image of format {', '.join(formats)}; convert it") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{what} has far more pixels than the {pixels} that are allowed; scale it down") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise UserError(f"{what} is truncated or damaged ({error}); write it again") from None
+    return _rgb(image)
+
+
+def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3] of a file; see `decode`. Raises UserError for a file that is not there, too."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    return decode(data, str(path), pixels, FILES)
+
+
+def _rgb(image) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: PIL would clip them to 255
+        values = np.asarray(image, dtype=np.float64)
+        values = values / (65535 if values.max(initial=0) > 255 else 255)
+        return np.repeat(np.rint(values.clip(0, 1) * 255).astype(np.uint8)[..., None], 3, -1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def encode(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def content_hash(*images: np.ndarray, text: str = "") -> str:
+    """sha256 of pixels, shapes and a text."""
+    digest = hashlib.sha256(f"{len(text)} {text}".encode())
+    for image in images:
+        digest.update(f"{image.shape} {image.dtype}".encode() + np.ascontiguousarray(image).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Asking a list of replicas over HTTP: in turn, with time-outs and further tries; one that failed rests for a while.
+
+A pause doubles with every try and is jittered, or is what Retry-After says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qirl.config_sections import Section, option
+from qirl.errors import UserError
+
+PATIENCE = 60.0  # longest pause, in seconds, whatever Retry-After says
+REFUSED = (400, 401, 403, 404, 405, 413, 415, 422)  # another try would be refused as well
+
+
+class Remote(Section):
+    """What every kind that asks servers has."""
+
+    servers: tuple[str, ...] = option((), "addresses of servers that do the same, asked in turn")
+    token_variable: str | None = option(None, "environment variable that holds the servers' bearer token")
+    concurrency: int = option(32, "requests under way at the same time", ge=1)
+    timeout: float = option(120.0, "seconds that one request may take", gt=0)
+    retries: int = option(4, "further tries of a request after an error of a server, on the next one", ge=0)
+    backoff: float = option(
+        0.5, "seconds before the first of them, doubled for each one after it, times 0.5 to 1.5", ge=0
+    )
+
+
+class ServerError(Exception):
+    """What a server did wrong; worth another try, after `pause` seconds where it said so."""
+
+    def __init__(self, text: str, pause: float | None = None):
+        super().__init__(text)
+        self.pause = pause
+
+
+class Replicas:
+    """Connections to the servers of `options`, for one event loop."""
+
+    def __init__(self, options: Remote):
+        import httpx2
+
+        self.options, self.turn, self.rested = options, itertools.count(), {}
+        limits = httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency)
+        self.client = httpx2.AsyncClient(timeout=options.timeout, limits=limits, headers=bearer(options.token_variable))
+        self.places = asyncio.Semaphore(options.concurrency)
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+    async def post(self, path: str, body: dict, take: Callable[[Any], Any]) -> Any:
+        """take(the answer's JSON) of the first answer that `take` accepts; it raises ServerError for one it does not.
+
+        Raises ServerError after the last try, and UserError at once for a request that the server refuses.
+        """
+        async with self.places:
+            for attempt in itertools.count():
+                server = self._next()
+                try:
+                    return take(await self._ask(f"{server.rstrip('/')}{path}", body))
+                except ServerError as error:
+                    pause = error.pause if error.pause is not None else self.pause(attempt)
+                    self.rested[server] = time.monotonic() + pause
+                    if attempt >= self.options.retries:
+                        raise
+                    if self._resting(self._peek()):
+                        await asyncio.sleep(pause)
+
+    def pause(self, attempt: int) -> float:
+        return min(PATIENCE, self.options.backoff * 2**attempt * random.uniform(0.5, 1.5))
+
+    def _next(self) -> str:
+        """The next server in turn, one that does not rest if there is one."""
+        servers = self.options.servers
+        order = [servers[next(self.turn) % len(servers)]]
+        order += [s for s in servers if s != order[0]]
+        return next((s for s in order if not self._resting(s)), order[0])
+
+    def _peek(self) -> str:
+        return min(self.options.servers, key=lambda s: self.rested.get(s, 0.0))
+
+    def _resting(self, server: str) -> bool:
+        return self.rested.get(server, 0.0) > time.monotonic()
+
+    async def _ask(self, address: str, body: dict) -> Any:
+        import httpx2
+
+        try:
+            answer = await self.client.post(address, json=body)
+        except httpx2.HTTPError as error:
+            raise ServerError(f"{address}: {type(error).__name__} {error}") from error
+        if answer.status_code in REFUSED:
+            raise UserError(
+                f"{address} refused a request ({answer.status_code}: {answer.text[:300]}); check its options"
+            )
+        if answer.status_code != 200:
+            raise ServerError(f"{address} answered {answer.status_code}", _seconds(answer.headers.get("retry-after")))
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise ServerError(f"{address} answered what is no JSON: {error}") from error
+
+
+def get(address: str, options: Remote) -> Any:
+    """The JSON that a server answers at start-up. Raises UserError where it does not."""
+    import httpx2
+
+    headers = bearer(options.token_variable)
+    try:
+        answer = httpx2.get(address, headers=headers, timeout=min(10.0, options.timeout))
+        answer.raise_for_status()
+    except httpx2.HTTPError as error:
+        raise UserError(
+            f"{address} does not answer ({error or type(error).__name__}); start that server, or remove it from `servers`"
+        ) from None
+    try:
+        return answer.json()
+    except ValueError:
+        raise UserError(f"{address} answers what is no JSON; is it the right server?") from None
+
+
+def bearer(variable: str | None) -> dict[str, str]:
+    """The header with the servers' token. Raises UserError if its environment variable is not set."""
+    return {} if variable is None else {"Authorization": f"Bearer {token(variable)}"}
+
+
+def token(variable: str) -> str:
+    found = os.environ.get(variable)
+    if not found:
+        raise UserError(f"token_variable={variable}: this environment variable is not set")
+    return found
+
+
+def chunks(items: Sequence, size: int) -> list[Sequence]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return min(PATIENCE, max(0.0, float(text)))
+    except (TypeError, ValueError):
+        return None
