@@ -46,9 +46,13 @@ TEST = [
     "accelerate",
     "peft",
     "httpx2",
+    "onnxruntime",
+    "opencv-python-headless",
     "prometheus_client",
+    "rapidocr",
     "starlette",
     "tensorboard",
+    "torchmetrics",
     "uvicorn",
 ]
 
@@ -77,7 +81,10 @@ setup(
     ],
     extras_require={
         "lora": ["peft"],
-        "rewards": ["transformers", "accelerate", "peft", "httpx2", "starlette", "uvicorn", "prometheus_client"],
+        "rewards": [
+            "transformers", "accelerate", "peft", "httpx2", "starlette", "uvicorn", "prometheus_client", "rapidocr",
+            "onnxruntime", "torchmetrics", "opencv-python-headless",
+        ],
         "flash": ["flash-attn"],
         "te": ["transformer-engine[pytorch]"],
         "dali": ["nvidia-dali-cuda130"],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
 from qirl.config_sections import Section, option, require
+from qirl.rewards.parts.options import PARTS
 from qirl.rewards.remote import Remote
 from qirl.rewards.vlm.options import JudgeOptions
 
@@ -31,4 +32,4 @@ class ServerOptions(Remote):
     cache: int = option(4096, "samples whose scores are kept, by the content of images and prompt; 0: none", ge=0)
 
 
-RewardOptions = Annotated[JudgeOptions | PythonOptions | ServerOptions, Field(discriminator="kind")]
+RewardOptions = Annotated[Union[(JudgeOptions, PythonOptions, ServerOptions, *PARTS)], Field(discriminator="kind")]

@@ -10,7 +10,19 @@ from qirl.rewards.options import PythonOptions, RewardOptions
 from qirl.rewards.protocol import Reward
 
 # classes that take (name, options)
-KINDS = {"judge": "qirl.rewards.vlm.reward:JudgeReward", "server": "qirl.rewards.client:ServerReward"}
+KINDS = {
+    "judge": "qirl.rewards.vlm.reward:JudgeReward",
+    "server": "qirl.rewards.client:ServerReward",
+    "clip_score": "qirl.rewards.parts.embedding:ClipScore",
+    "pick_score": "qirl.rewards.parts.embedding:PickScore",
+    "aesthetic": "qirl.rewards.parts.embedding:Aesthetic",
+    "similarity": "qirl.rewards.parts.embedding:Similarity",
+    "outside": "qirl.rewards.parts.pixels:Outside",
+    "artifacts": "qirl.rewards.parts.pixels:Artifacts",
+    "diversity": "qirl.rewards.parts.pixels:Diversity",
+    "ocr": "qirl.rewards.parts.ocr:Ocr",
+    "face_identity": "qirl.rewards.parts.faces:FaceIdentity",
+}
 
 
 def build(options: Mapping[str, RewardOptions]) -> list[Reward]:

@@ -189,12 +189,18 @@ class Judge:
         return torch.stack([own, options.language * torch.stack(language).sum() / records])
 
     def language(self, logits: torch.Tensor, example: Example, kept: int) -> torch.Tensor:
-        """Mean cross-entropy of an answer's tokens; in the digit's place -log of the five digits' probability."""
+        """Mean cross-entropy of an answer's tokens; in the digit's place -log of the five digits' probability.
+
+        That one lowers the other tokens only: it would else favour the digit that is ahead, and the score could not move
+        any more.
+        """
         answer = torch.tensor(example.encoded.ids[-example.answer :], device=logits.device)
         rows = logits[kept - 1 - example.answer : kept - 1]
         each = F.cross_entropy(rows, answer, reduction="none")
         place = example.answer - 1 - example.after
-        mass = rows[place].logsumexp(-1) - rows[place, self.processor.digits].logsumexp(-1)
+        digits = rows[place, self.processor.digits].detach()
+        others = rows[place].index_fill(0, torch.tensor(self.processor.digits, device=rows.device), -torch.inf)
+        mass = torch.cat([others, digits]).logsumexp(-1) - digits.logsumexp(-1)
         return (each.sum() - each[place] + mass) / example.answer
 
     def example(self, record: Record) -> Example:
