@@ -36,8 +36,15 @@ def library(part: str) -> Path:
 
 
 def register(op: str, fake: Callable, backward: Callable | None = None, keep: Callable | None = None) -> None:
-    """Gives csrc's `op`, if it is built, the fake that torch.compile needs, and its gradients."""
+    """Gives csrc's `op`, if csrc is built, the fake that torch.compile needs, and its gradients.
+
+    Raises OSError where what was built does not have it.
+    """
     if load():
+        if not hasattr(torch.ops.qirl, op):
+            raise OSError(
+                f"{library('cpu')} lacks {op}: it was built from other sources; run `python setup.py build_ext --inplace`"
+            )
         torch.library.register_fake(f"qirl::{op}", fake)
         if backward is not None:
             torch.library.register_autograd(f"qirl::{op}", backward, setup_context=keep)

@@ -49,6 +49,13 @@ def train(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, *
     return run(load_config("train", config, **overrides), rewards, quiet).folder.path / "model"
 
 
+def train_judge(config: Source, quiet: bool = False, **overrides: Any) -> Path:
+    """Teaches a vision-language model to score images; returns its model folder. See `qirl reward train`."""
+    from qirl.rewards.vlm.training import train_judge as run
+
+    return run(load_config("reward", config, **overrides), quiet).folder.path / "model"
+
+
 def curate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
     """Probes the candidate prompts and keeps those that teach; returns the prompt file. See `qirl curate`.
 

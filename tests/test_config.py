@@ -189,3 +189,9 @@ def test_the_shipped_configs_are_valid(name):
 def test_an_unknown_config_names_the_nearest_one():
     with pytest.raises(UserError, match="did you mean 'digits/pretrain'"):
         find_config("digits/pretrian")
+
+
+def test_the_judges_configs_are_valid():
+    rated = ["judge.path=MODEL", "judge.records=rated.jsonl"]
+    assert load("reward", find_config("judge/train"), rated).judge.rank == 32
+    assert list(load("serve", find_config("judge/serve")).rewards) == ["alignment", "text", "artifacts"]
