@@ -30,6 +30,27 @@ COMMANDS = [
     "options",
     "doctor",
 ]
+ASK = "servers token_variable concurrency timeout retries backoff kind"
+NETWORK = "low high model device batch kind"
+REWARDS = {
+    f"rewards.NAME({kind})": keys
+    for kind, keys in {
+        "judge": f"{ASK} rubric omit mode chains model temperature reasoning_tokens pixels",
+        "python": "kind target",
+        "server": f"{ASK} components batch cache",
+        "clip_score": NETWORK,
+        "pick_score": NETWORK,
+        "aesthetic": f"{NETWORK} head",
+        "similarity": NETWORK,
+        "outside": "low high kind measure",
+        "artifacts": "low high kind",
+        "diversity": "low high kind",
+        "ocr": "kind form case threads",
+        "face_identity": "low high kind backend detector embedder pack smallest weight surplus",
+    }.items()
+}
+JUDGE = "path records max_missing omit loss language batch per_prompt micro pixels dtype vision rank alpha mode chains validate_every"
+SERVE = "host port token_variable batch wait queue timeout max_body max_images max_pixels"
 KEYS = {
     "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads report tracker",
     "world": "name task prompts text_dim",
@@ -44,7 +65,9 @@ KEYS = {
     "policy.timesteps": "count power skip_last",
     "policy.nft": "beta x0_weighted old_decay old_ramp",
     "policy ": "clip_low clip_high kl kl_form old epochs minibatches micro_tokens",
+    **REWARDS,
     "scoring": "workers timeout retries backoff",
+    "composition": "layers failing cap gates gated",
     "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
 }
 OTHERS = {
@@ -52,8 +75,8 @@ OTHERS = {
     "evaluation": "models guidance prompts group steps seed batch_tokens",
     "arena": "battles anchor rating resamples guidance",
 }
-PROBE = {"probe": "group prompts", "probe.timesteps": KEYS["policy.timesteps"], "scoring": KEYS["scoring"]}
-PROBE |= {"advantage": KEYS["advantage"]}
+PROBE = {"probe": "group prompts", "probe.timesteps": KEYS["policy.timesteps"], **REWARDS}
+PROBE |= {name: KEYS[name] for name in ("scoring", "composition", "advantage")}
 CURATE = {"curate": "tau saturated balance"}
 CALIBRATE = {"calibrate": "method shares category_shares ledger only_kept"}
 DISTILL = {
@@ -68,12 +91,17 @@ def names(keys: dict[str, str]) -> list[str]:
 
 def test_the_commands_do_not_drift():
     assert [c.name or c.callback.__name__ for c in cli.app.registered_commands] == COMMANDS
+    (group,) = cli.app.registered_groups
+    own = [c.name or c.callback.__name__ for c in group.typer_instance.registered_commands]
+    assert group.typer_instance.info.name == "reward" and own == ["train", "serve", "score", "check"]
 
 
 def test_the_options_do_not_drift():
     assert [name for name, *_ in describe("train")] == names(KEYS)
     shared = {
-        k: v for k, v in KEYS.items() if k.split(".")[0].strip() not in ("guidance", "policy", "scoring", "advantage")
+        k: v
+        for k, v in KEYS.items()
+        if k.split(".")[0].strip() not in ("guidance", "policy", "rewards", "scoring", "composition", "advantage")
     }
     assert [n for n, *_ in describe("pretrain")] == names(shared | {"pretrain": OTHERS["pretrain"]})
     assert [n for n, *_ in describe("distill")] == names(shared | DISTILL)
@@ -83,6 +111,9 @@ def test_the_options_do_not_drift():
     )
     assert [n for n, *_ in describe("curate")] == names(shared | PROBE | CURATE)
     assert [n for n, *_ in describe("calibrate")] == names(shared | PROBE | CALIBRATE)
+    judge = {"run": KEYS["run"], "judge": JUDGE, "optimizer": KEYS["optimizer"]}
+    assert [n for n, *_ in describe("reward")] == names(judge)
+    assert [n for n, *_ in describe("serve")] == names(REWARDS | {"serve": SERVE})
 
 
 def test_help_needs_no_torch_and_little_time():

@@ -11,6 +11,7 @@ from tiny_runs import train_config
 
 from qirl.config import KINDS, describe, load, to_dict
 from qirl.config_sections import Composition
+from qirl.curation.probe import reward_options
 from qirl.errors import UserError
 from qirl.policy import trainer as training
 from qirl.policy.advantages import ABSENT
@@ -141,6 +142,15 @@ def test_a_run_takes_its_rewards_and_gates_from_its_config(tmp_path, tiny_model)
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     raw = sum(row["scores"]["redness"] for row in rows if row["step"] == 1) / sum(row["step"] == 1 for row in rows)
     assert metrics[0]["reward/redness"] < 0.75 * raw  # half of the samples are gated to 0
+
+
+def test_a_ledger_knows_its_rewards_but_not_where_they_are_asked():
+    judge = {"kind": "judge", "model": "m", "servers": ["http://a"], "timeout": 3.0}
+    facts = [
+        reward_options(load("curate", {"model": {"path": "m"}, "rewards": {"j": judge | change}}))
+        for change in ({}, {"servers": ["http://b"], "timeout": 9.0}, {"rubric": "portrait"})
+    ]
+    assert facts[0] == facts[1] != facts[2]
 
 
 class Reddish:

@@ -34,6 +34,7 @@ from qirl.policy.monitor import MONITOR_ITERATION
 from qirl.policy.nodes import draw_nodes
 from qirl.rewards.protocol import Reward, Sample, name_of
 from qirl.rewards.registry import build
+from qirl.rewards.remote import Remote
 from qirl.rewards.scorer import Scorer
 from qirl.run.folder import RunFolder, write_bytes
 from qirl.run.progress import Live
@@ -142,7 +143,14 @@ def facts(probe: Probe) -> dict:
         "ledger": VERSION, "policy": policy_hash(find_model(config.model.path)), **sampler_facts(config),
         "group": config.probe.group, "seed": config.run.seed, "prompts": len(probe.prompts),
         "rewards": [name_of(reward) for reward in rewards], "read_noise": noise,
+        **({"reward_options": reward_options(config)} if config.rewards else {}),
     }  # fmt: skip
+
+
+def reward_options(config: CurateConfig | CalibrateConfig) -> dict:
+    """The rewards of the config, apart from where and how patiently they are asked."""
+    asked = Remote.model_fields
+    return {name: {k: v for k, v in own.items() if k not in asked} for name, own in to_dict(config)["rewards"].items()}
 
 
 def sampler_facts(config: CurateConfig | CalibrateConfig) -> dict:
