@@ -154,17 +154,42 @@ def _diffusers() -> str:
     return _found("diffusers", "diffusers", "pip install diffusers")
 
 
+def _judges() -> str:
+    return _found("transformers", "transformers", "pip install qirl[rewards]")
+
+
+def _server() -> str:
+    _found("starlette", "starlette", "pip install qirl[rewards]")
+    return _found("uvicorn", "uvicorn", "pip install qirl[rewards]")
+
+
+def _ocr() -> str:
+    return _found("rapidocr", "rapidocr", "pip install qirl[rewards]")
+
+
+def _faces() -> str:
+    return _found("cv2", "opencv-python-headless", "pip install qirl[rewards]")
+
+
 _PARTS = (
     ("torch", _torch, "nothing runs"),
     ("CUDA", _cuda, "CPU only: the digits world and tests run, Qwen-Image sizes do not"),
     ("Triton", _triton, "on a GPU the glue between matrix products from PyTorch: several passes over memory"),
-    ("csrc, CPU", _csrc_cpu, "CPU noise from PyTorch: the same words, several times slower"),
-    ("csrc, CUDA", _csrc_cuda, "GPU noise from PyTorch: the same words, slower"),
+    (
+        "csrc, CPU",
+        _csrc_cpu,
+        "sampler step, losses, advantages and noise from PyTorch: slower, the noise several times",
+    ),
+    ("csrc, CUDA", _csrc_cuda, "sampler step, losses, advantages and noise from Triton"),
     ("Transformer Engine", _transformer_engine, "nothing today: BF16 works, FP8 will need it"),
     ("flash-attn", _flash_attention, "nothing today: attention runs torch's own flash kernels"),
     ("apex", _apex, "nothing today: the optimizer is torch's"),
     ("DALI", _dali, "nothing today: images are decoded by Pillow"),
     ("NCCL, gloo", _collectives, "one process only; NCCL is what several GPUs need"),
     ("peft", _peft, "no LoRA; full-parameter training works"),
+    ("transformers", _judges, "no judges of your own, no CLIP rewards; judges behind a server work"),
+    ("scorer server", _server, "no `qirl reward serve`"),
+    ("rapidocr", _ocr, "no OCR reward"),
+    ("OpenCV", _faces, "no face identity by YuNet and SFace"),
     ("diffusers", _diffusers, "no comparison with its modules; checkpoints load and save without it"),
 )
