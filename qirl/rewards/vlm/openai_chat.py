@@ -23,7 +23,7 @@ TOP = 20  # log-probabilities asked for: the most that vLLM gives by default
 
 def with_images(messages: list[dict], images: Sequence[np.ndarray]) -> list[dict]:
     """The messages with every {"type": "image"} replaced by the next image, as OpenAI's schema has it."""
-    addresses = iter(["data:image/png;base64," + base64.b64encode(encode(image)).decode() for image in images])
+    addresses = iter(["data:image/png;base64," + base64.b64encode(encode(image, 1)).decode() for image in images])
 
     def part(entry: dict) -> dict:
         if entry["type"] != "image":
