@@ -5,8 +5,8 @@
 Vision-language models of random weights (Qwen3-VL and Qwen2.5-VL of a few million parameters, built by transformers) learn
 "does the image show a red 7?" from rated pictures of real handwriting: right 5, another colour 3, another digit 2, both 1.
 Validation is on the handwriting of other images. Then one of them is served over HTTP by a small server that speaks the
-OpenAI protocol, and is the only reward of a short RL run; the held-out judge, which has nothing to do with either, says
-whether drawing got better. Everything is cached in OUT and goes on where it stopped. --record writes
+OpenAI protocol, and is the only reward of a short RL run from an early base (600 steps); the held-out judge, which has
+nothing to do with either, says whether drawing got better. Everything is cached in OUT and goes on where it stopped. --record writes
 benchmarks/results/judge.{md,json}.
 """
 
@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -32,6 +33,7 @@ import tiny_judges  # noqa: E402
 import qirl  # noqa: E402
 from qirl.config import load  # noqa: E402
 from qirl.data.digits import prompts  # noqa: E402
+from qirl.evaluation.statistics import interval  # noqa: E402
 from qirl.quickstart import train_base  # noqa: E402
 from qirl.rewards.vlm import losses  # noqa: E402
 from qirl.rewards.vlm.local_chat import LocalChat  # noqa: E402
@@ -97,7 +99,9 @@ def untrained(base: Path, records: Path) -> float:
 
 def reinforce(out: Path, judge: Path, steps: int) -> dict:
     """RL of the digits world's base against the served judge alone: the held-out judge before and after, by guidance."""
-    recipe = load("pretrain", HERE.parent / "configs/digits/pretrain.yaml", [f"run.out={out / 'base'}"])
+    recipe = load(
+        "pretrain", HERE.parent / "configs/digits/pretrain.yaml", [f"run.out={out / 'base'}", "run.steps=600"]
+    )
     train_base(recipe, quiet=False)
     asked = [p.text for p in prompts("train") if p.category == "colour" and p.text.split()[1] in tiny_judges.COLOURS]
     (out / "prompts.jsonl").write_text("".join(json.dumps({"text": t, "category": "colour"}) + "\n" for t in asked))
@@ -127,8 +131,16 @@ def reinforce(out: Path, judge: Path, steps: int) -> dict:
             },
         )
         found[name] = {scale: own for scale, own in results.items()}
+    found["difference"] = {scale: gained(found["before"][scale], found["after"][scale]) for scale in found["before"]}
     metrics = [json.loads(line) for line in (out / "rl/metrics.jsonl").read_text().splitlines()]
     return found | {"reward": [m["reward/alignment"] for m in metrics]}
+
+
+def gained(before: dict, after: dict) -> dict:
+    """The held-out judge's share of right pictures, after - before, paired by prompt and noise, with its 95 % interval."""
+    a, b = (own["by_prompt"] for own in (before, after))
+    assert a["id"] == b["id"]
+    return interval(np.array(b["judge_accuracy"]) - np.array(a["judge_accuracy"]), np.array(a["id"]))
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -154,10 +166,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [train(args.out, *arm, args.steps) for arm in ARMS]
     print(table(rows))
     found = reinforce(args.out, args.out / "qwen3_vl_pointwise/model", args.rl_steps)
-    print(json.dumps(found, indent=1)[:2000])
+    print(json.dumps(found["difference"], indent=1))
     if args.record:
         write_json(HERE / "results/judge.json", {"machine": machine(), "judges": rows, "rl": found})
-        (HERE / "results/judge.md").write_text(table(rows) + "\n")
+        lines = [
+            table(rows),
+            "",
+            "RL against the served judge: the held-out judge's share of right pictures, after - before",
+        ]
+        lines += [
+            f"- guidance {k}: {v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f})"
+            for k, v in found["difference"].items()
+        ]
+        (HERE / "results/judge.md").write_text("\n".join(lines) + "\n")
     return 0
 
 
