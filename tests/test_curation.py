@@ -153,6 +153,26 @@ def test_read_noise_of_declared_rewards_refuses_before_the_first_image(tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_read_noise_that_a_reward_learns_while_it_scores_counts_and_is_kept(tmp_path, tiny_model):
+    class Learning:
+        components = ("red",)
+
+        def __init__(self):
+            self.read_noise = {}
+
+        def __call__(self, samples):
+            self.read_noise = {"red": 0.01}
+            return [{"red": float(s.image[..., 0].mean() / 255)} for s in samples]
+
+    strict = curate_config(tmp_path, tiny_model, {"curate": {"tau": 0.005}})
+    for _ in range(2):  # the second time no image is drawn, and the ledger knows
+        with pytest.raises(UserError, match="0.0100"):
+            curate(strict, [Learning()], quiet=True)
+    path = curate(curate_config(tmp_path, tiny_model, LENIENT, {"curate": {"tau": 0.021}}), [Learning()], quiet=True)
+    header = json.loads(path.with_name("ledger.jsonl").read_text().splitlines()[0])
+    assert header["read_noise"] == {} and header["measured_noise"] == {"red": 0.01}
+
+
 def test_weights_of_no_component_are_refused(tmp_path, tiny_model):
     config = curate_config(tmp_path, tiny_model, {"advantage": {"weights": {"rde": 1.0}}})
     with pytest.raises(UserError, match="did you mean 'red'"):

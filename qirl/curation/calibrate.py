@@ -18,7 +18,7 @@ import torch
 from qirl.config import CalibrateConfig
 from qirl.config_sections import Calibrate
 from qirl.curation.calibration import NAME, VERSION
-from qirl.curation.ledger import DRAWN, Ledger, check_header
+from qirl.curation.ledger import DRAWN, MEASURED, Ledger, check_header
 from qirl.curation.ledger import NAME as LEDGER
 from qirl.curation.probe import collect, open_probe, policy_hash, sampler_facts
 from qirl.engine import find_model
@@ -79,7 +79,7 @@ def _write(config: CalibrateConfig, path: Path, ledger: Ledger) -> None:
                 f"{ledger.path} keeps no prompt; curate with other options, or set calibrate.only_kept=false"
             )
         rows = kept
-    found = calibrated(rows, header["read_noise"], config)
+    found = calibrated(rows, header["read_noise"] | header.get(MEASURED, {}), config)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: header[name] for name in (*DRAWN, "group", "seed", "read_noise")}
     record = {"calibration": VERSION, "method": config.calibrate.method, "ledger": str(ledger.path)}

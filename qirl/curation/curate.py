@@ -20,8 +20,8 @@ import torch
 
 from qirl.config import CurateConfig, to_dict
 from qirl.config_sections import Advantage, Composition, Curate
-from qirl.curation.ledger import RAW
-from qirl.curation.probe import Probe, collect, open_probe
+from qirl.curation.ledger import MEASURED, RAW
+from qirl.curation.probe import Probe, collect, live_noise, open_probe
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.kernels.reward_range import expected_range, reward_range
@@ -55,7 +55,12 @@ def curate(config: CurateConfig, rewards: Sequence[Reward] = (), quiet: bool = F
     path = ledger.path.with_name(CURATED)
     if probe.ranks.first:
         header, rows = ledger.read()
-        rows = decide(rows, config.curate, config.advantage, header["read_noise"], config.composition)
+        live = live_noise(probe.rewards).items() - header["read_noise"].items()
+        measured = header.get(MEASURED, {}) | dict(live)
+        if measured != header.get(MEASURED, {}):  # before a decision may be refused
+            header |= {MEASURED: measured}
+            ledger.replace(header, rows)
+        rows = decide(rows, config.curate, config.advantage, header["read_noise"] | measured, config.composition)
         plain = to_dict(config)
         weights = {name: plain["advantage"][name] for name in ("weights", "category_weights")}
         path.unlink(missing_ok=True)  # of earlier decisions

@@ -138,13 +138,18 @@ def begin(probe: Probe, ledger: Ledger) -> int:
 def facts(probe: Probe) -> dict:
     """The header of the ledger: everything that decides its scores, and what the rewards say of themselves."""
     config, rewards = probe.config, probe.rewards
-    noise = {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
+    noise = live_noise(rewards)
     return {
         "ledger": VERSION, "policy": policy_hash(find_model(config.model.path)), **sampler_facts(config),
         "group": config.probe.group, "seed": config.run.seed, "prompts": len(probe.prompts),
         "rewards": [name_of(reward) for reward in rewards], "read_noise": noise,
         **({"reward_options": reward_options(config)} if config.rewards else {}),
     }  # fmt: skip
+
+
+def live_noise(rewards: Sequence[Reward]) -> dict[str, float]:
+    """{component: read noise} as the rewards know it now: a judge learns its own from the readings it makes."""
+    return {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
 
 
 def reward_options(config: CurateConfig | CalibrateConfig) -> dict:
