@@ -71,17 +71,27 @@ struct AdvantageCall {
   template <class Team, class Has, class Score, class Use>
   QIRL_FN void normalise(int64_t begin, int64_t end, Team team, Has has, Score score, double least, bool divide,
                          Use use) const {
+    const Spread of = spread(begin, end, team, has, score);
+    const double factor = !divide ? 1.0 : gain(of.std, least);
+    for (int64_t m = begin + team.lane; m < end; m += team.count)
+      if (has(order[m])) use(order[m], (score(order[m]) - of.mean) * factor);
+  }
+
+  struct Spread {
+    double mean, std;
+  };
+
+  // Mean and population standard deviation of the samples of a span of the order that have a score.
+  template <class Team, class Has, class Score>
+  QIRL_FN Spread spread(int64_t begin, int64_t end, Team team, Has has, Score score) const {
     double sum = 0, count = 0, squares = 0;
     for (int64_t m = begin + team.lane; m < end; m += team.count)
       if (has(order[m])) sum += score(order[m]), count += 1;
     count = team.sum(count);
-    const double mean = team.sum(sum) / (count < 1 ? 1 : count);
+    const double divisor = count < 1 ? 1 : count, mean = team.sum(sum) / divisor;
     for (int64_t m = begin + team.lane; m < end; m += team.count)
       if (has(order[m])) squares += (score(order[m]) - mean) * (score(order[m]) - mean);
-    const double std = sqrt(team.sum(squares) / (count < 1 ? 1 : count));
-    const double factor = !divide ? 1.0 : gain(std, least);
-    for (int64_t m = begin + team.lane; m < end; m += team.count)
-      if (has(order[m])) use(order[m], (score(order[m]) - mean) * factor);
+    return {mean, sqrt(team.sum(squares) / divisor)};
   }
 
   // After all groups: the whole batch's mean and spread where the convention wants them, then scale and clip.
@@ -89,16 +99,11 @@ struct AdvantageCall {
   QIRL_FN void finish(Team team) const {
     double mean = 0, factor = 1;
     if (convention == kGdpo || convention == kGlobalStd) {
-      const double* of = convention == kGdpo ? value : total;
-      double sum = 0, count = 0, squares = 0;
-      for (int64_t i = team.lane; i < calls; i += team.count)
-        if (valid[i]) sum += of[i], count += 1;
-      count = team.sum(count);
-      mean = team.sum(sum) / (count < 1 ? 1 : count);
-      for (int64_t i = team.lane; i < calls; i += team.count)
-        if (valid[i]) squares += (of[i] - mean) * (of[i] - mean);
-      factor = gain(sqrt(team.sum(squares) / (count < 1 ? 1 : count)), convention == kGdpo ? 0.0 : floor);
-      mean = convention == kGdpo ? mean : 0;  // global_std has already taken the group's mean
+      const double* values = convention == kGdpo ? value : total;
+      const auto has = [&](int64_t i) { return valid[i] != 0; };
+      const Spread of = spread(0, calls, team, has, [&](int64_t i) { return values[i]; });
+      factor = gain(of.std, convention == kGdpo ? 0.0 : floor);
+      mean = convention == kGdpo ? of.mean : 0;  // global_std has already taken the group's mean
     }
     for (int64_t i = team.lane; i < calls; i += team.count) {
       const double own = scale[i] * ((value[i] - mean) * factor);

@@ -133,7 +133,7 @@ def _fused(op, x, v_cond, v_uncond, row, step, guidance, rescale, noise, lengths
     """The same by one of the ops below, which give the sum of squares of every token."""
     drawn = (None,) * 4 if noise is None else (noise.stream.prompt, noise.stream.sample, noise.words, noise.token)
     seed = 0 if noise is None else _native.signed(noise.stream.seed)
-    x, v_cond, v_uncond = (p if p is None else p.contiguous() for p in (x, v_cond, v_uncond))
+    x, v_cond, v_uncond = tritons.contiguous(x, v_cond, v_uncond)
     x_next, squares = op(
         x, v_cond, v_uncond, row, *step.tensors, *drawn, step.level, step.sine, guidance, rescale,
         seed, lengths is not None, storage == torch.bfloat16,

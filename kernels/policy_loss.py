@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qirl.kernels import _native, policy_triton, tritons
+from qirl.kernels import _native, policy_triton, tritons, velocity_match
 from qirl.kernels.dispatch import choose, compute_dtype
 from qirl.kernels.flow_step import CPS, Step, coefficients
 from qirl.kernels.rows import offsets, row_mean
@@ -61,25 +61,20 @@ def ratio_reference(v, v_old, x, x_next, v_ref, row, step, advantage, lengths, c
 def _kl(v, v_ref, lengths):
     if v_ref is None:
         return v.new_zeros(len(lengths), dtype=compute_dtype(v))
-    dtype = compute_dtype(v)
-    return row_mean((v.to(dtype) - v_ref.to(dtype)) ** 2, lengths)
+    return velocity_match.reference(v, v_ref, None, None, lengths, 1.0, False)
 
 
 def _fused_nft(op, v, v_old, x0, noise, v_ref, row, t, r, lengths, beta, x0_weighted, scale):
-    tensors = _contiguous(v, v_old, x0, noise, v_ref)
+    tensors = tritons.contiguous(v, v_old, x0, noise, v_ref)
     loss, kl, _ = op(*tensors, row, offsets(tuple(lengths), v.device), t.float(), r.float(), beta, x0_weighted, scale)
     return loss, kl
 
 
 def _fused_ratio(op, v, v_old, x, x_next, v_ref, row, step, advantage, lengths, clip_low, clip_high, guard):
-    tensors = _contiguous(v, v_old, x, x_next, v_ref)
+    tensors = tritons.contiguous(v, v_old, x, x_next, v_ref)
     rows = offsets(tuple(lengths), v.device), *step.tensors, advantage.float()
     loss, kl, _, ratio, clipped = op(*tensors, row, *rows, step.level, step.sine, clip_low, clip_high, guard)
     return loss, kl, ratio, clipped
-
-
-def _contiguous(*tensors):
-    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _choose(op: str, reference, fused, velocities, states, row):

@@ -13,6 +13,7 @@ import torch
 
 from qirl.kernels import tritons
 from qirl.kernels.flow_step import tile, transition_of
+from qirl.kernels.rows import row_total
 from qirl.kernels.tritons import jit, tl
 
 NFT, NFT_X0, RATIO = range(3)
@@ -59,16 +60,6 @@ def _forward_kernel(
     if REFERENCE:
         away = now - tl.load(v_ref + at, inside, other=0).to(tl.float32)
         tl.store(out + 4, tl.sum(away * away, 1), there)
-
-
-@jit
-def row_total(sums, begin, end, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """float64: the sum of sums[STRIDE * i] over the tokens begin .. end-1."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for start in range(begin, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        total += tl.load(sums + token * STRIDE, token < end, other=0).to(tl.float64)
-    return tl.sum(total)
 
 
 @jit

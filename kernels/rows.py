@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from qirl.kernels.tritons import jit, tl
+
 
 def row_mean(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Mean over each row's tokens and channels: [sum(lengths), C] -> [R], without atomics.
@@ -24,3 +26,13 @@ def row_mean(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 def offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int64 [R + 1]: the token at which each row begins, and the end. Kept, since a run meets the same lengths again."""
     return torch.tensor([0, *lengths], device=device).cumsum(0)
+
+
+@jit
+def row_total(sums, begin, end, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """float64: the sum of sums[STRIDE * i] over the tokens begin .. end-1."""
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        total += tl.load(sums + token * STRIDE, token < end, other=0).to(tl.float64)
+    return tl.sum(total)

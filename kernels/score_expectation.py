@@ -25,6 +25,6 @@ def score_expectation(log_probs: torch.Tensor, min_mass: float = 0.5) -> torch.T
     return choose("score_expectation", reference=reference)(log_probs, min_mass)
 
 
-def likert_to_unit(score: torch.Tensor) -> torch.Tensor:
+def likert_to_unit(score: torch.Tensor | float) -> torch.Tensor | float:
     """r = (R - 1) / 4."""
     return (score - 1) / 4

@@ -52,6 +52,11 @@ def warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """As kernels read them; None stays None."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def contiguous_like(x: torch.Tensor) -> torch.Tensor:
     """An unset tensor of x's shape: what an op's fake returns where the kernel writes contiguously."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -16,8 +16,7 @@ import torch
 from qirl.kernels import _native, tritons
 from qirl.kernels.dispatch import choose, compute_dtype
 from qirl.kernels.flow_step import guide, guided, tile
-from qirl.kernels.policy_triton import row_total
-from qirl.kernels.rows import offsets, row_mean
+from qirl.kernels.rows import offsets, row_mean, row_total
 from qirl.kernels.tritons import jit, tl
 
 
@@ -28,7 +27,7 @@ def reference(v, teacher_cond, teacher_uncond, row, lengths, guidance, rescale):
 
 
 def _fused(op, v, teacher_cond, teacher_uncond, row, lengths, guidance, rescale):
-    v, cond, uncond = (t if t is None else t.contiguous() for t in (v, teacher_cond, teacher_uncond))
+    v, cond, uncond = tritons.contiguous(v, teacher_cond, teacher_uncond)
     if row is None:
         row = torch.repeat_interleave(offsets(tuple(lengths), v.device).diff(), output_size=len(v))
     return op(v, cond, uncond, row, offsets(tuple(lengths), v.device), guidance, rescale)
