@@ -105,21 +105,33 @@ class Engine:
     def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, world) -> Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
         model_config(config, world)
+        lora = config.model.lora
+
+        def build(device, master: torch.dtype) -> QwenImage21:
+            model = build_model(config, world, device, master)
+            if lora.rank:
+                add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
+            return model
+
+        return cls.around(build, config, config.model.dtype, lora=bool(lora.rank))
+
+    @classmethod
+    def around(cls, build: Callable, config: Section, dtype: str, lora: bool = False, blocks: Callable | None = None):
+        """The engine of the model that build(device, dtype of the weights) makes, sharded and in its run folder.
+
+        dtype: a key of DTYPES, which it computes in. blocks(model): as `shard` takes them.
+        """
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
-        dtype = DTYPES[config.model.dtype]
-        half = dtype == torch.bfloat16
+        half = DTYPES[dtype] == torch.bfloat16
         ranks = start(always_mesh=half)
         if ranks.first:
             RunFolder.check(config.run.out, to_dict(config), FREE_KEYS)
-        model = build_model(config, world, ranks.device, torch.float32 if half else dtype)
-        lora = config.model.lora
-        if lora.rank:
-            add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
+        model = build(ranks.device, torch.float32 if half else DTYPES[dtype])
         folder = RunFolder.open(config.run.out, to_dict(config), free_keys=FREE_KEYS, writer=ranks.first)
         ranks.barrier()
-        shard(model, ranks, dtype)
-        weights = Weights(model, bool(lora.rank))
+        shard(model, ranks, DTYPES[dtype], blocks(model) if blocks else None)
+        weights = Weights(model, lora)
         optimizer = Optimizer(model, config.optimizer, config.run.steps)
         if config.optimizer.ema:
             weights.keep("ema")
@@ -207,9 +219,17 @@ class Engine:
         if self.ranks.first and self.config.run.report:
             from qirl.run.report import write_report
 
-            summary = summary_of_metrics(self.folder.path.resolve().name, list(self.metrics.read()))
-            write_json(self.folder.summary, summary)
-            write_report(self.folder.report, {self.folder.path.resolve().name: self.folder.path}, summary)
+            write_report(self.folder.report, {self.folder.path.resolve().name: self.folder.path}, self.summarise())
+        self.close()
+
+    def summarise(self) -> dict:
+        """Writes summary.json; what it says."""
+        summary = summary_of_metrics(self.folder.path.resolve().name, list(self.metrics.read()))
+        write_json(self.folder.summary, summary)
+        return summary
+
+    def close(self) -> None:
+        """Closes the trackers and waits for the other ranks."""
         if self.trackers:
             self.trackers.close()
         self.ranks.barrier()
@@ -219,7 +239,7 @@ class Engine:
         run, adapter/ (the adapters alone, as peft reads them)."""
         target = self.folder.path / "model"
         with self.weights.using("ema" if "ema" in self.weights.copies else None):
-            state = {k: _whole(v) for k, v in self.model.state_dict().items()}
+            state = {k: whole(v) for k, v in self.model.state_dict().items()}
         if self.ranks.first:
             lora = self.config.model.lora
             if lora.rank:
@@ -248,7 +268,8 @@ def summary_of_metrics(name: str, records: list[dict]) -> dict:
     return {"seconds": round(sum(r["time/step"] for r in records), 1), "stages": {name: stage}}
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of all of a tensor, on the host; called on every rank."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu().clone()
 
 

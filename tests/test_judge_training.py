@@ -218,13 +218,13 @@ def test_steps_are_a_function_of_the_seed_and_cover_every_prompt(tmp_path, base,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_judge_reads_in_process_as_a_batch_does(base, records, family):
     reward = JudgeReward("alignment", JudgeOptions(model=str(base[family]), mode="expected_direct", pixels=256))
-    assert isinstance(reward.local, LocalChat)
+    assert isinstance(reward.chat, LocalChat)
     reward.rubric = load_rubric(str(records.parent / "rubric.txt"))
     kept = load_records(records)[0][:4]
     given = [Sample(i, i, r.request, r.load()[0]) for i, r in enumerate(kept)]
     alone = asyncio.run(reward(given))
     for row, record in zip(alone, kept, strict=True):  # random weights: the five digits hold little of the probability
-        log_probs = reward.local.next_digits(
+        log_probs = reward.chat.next_digits(
             reward.rubric.messages(record.request), record.load(), "<think></think><score>"
         )
         assert math.isnan(row["alignment"]) == (np.exp(log_probs).sum() < 0.5)

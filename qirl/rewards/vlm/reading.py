@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 
 from qirl.kernels.score_expectation import score_expectation
-from qirl.rewards.vlm.rubric import END_SCORE, END_THINK, SCORE, THINK
+from qirl.rewards.vlm.rubric import END_SCORE, SCORE, THINK, begun_answer
 
 TRIES = 3
 DIGITS = ("1", "2", "3", "4", "5")
@@ -78,7 +78,7 @@ async def read(
 async def _chain(chat: Chat, messages, images, mode: str, key: str) -> tuple[float, str]:
     """(score or NaN, reasoning) of one chain."""
     if mode == "expected_direct":
-        return expectation(await chat.digits(messages, images, THINK + END_THINK + SCORE)), ""
+        return expectation(await chat.digits(messages, images, begun_answer())), ""
     text = ""
     for attempt in range(TRIES):
         seed = zlib.crc32(f"{key}/{attempt}".encode()) & 0x7FFFFFFF

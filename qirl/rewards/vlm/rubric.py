@@ -20,9 +20,9 @@ def escape(text: str) -> str:
     )
 
 
-def answer(reasoning: str, digit: int | str) -> str:
-    """What the judge is to write."""
-    return f"{THINK}{escape(reasoning)}{END_THINK}{SCORE}{digit}{END_SCORE}"
+def begun_answer(reasoning: str = "") -> str:
+    """A judge's answer up to where its digit goes."""
+    return THINK + escape(reasoning) + END_THINK + SCORE
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ forward passes change the result.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import re
 import shutil
@@ -20,24 +21,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qirl.config import RewardConfig, to_dict
-from qirl.engine import FREE_KEYS, Engine, summary_of_metrics
+from qirl.config import RewardConfig
+from qirl.engine import Engine, whole
 from qirl.errors import UserError
-from qirl.optim import Optimizer
-from qirl.parallel.data import agree, shard, start, world_size
-from qirl.policy.weights import Weights
+from qirl.parallel.data import agree, world_size
 from qirl.rewards.vlm import losses
 from qirl.rewards.vlm.local_chat import LocalChat
 from qirl.rewards.vlm.processor import Encoded, Processor, load_judge
 from qirl.rewards.vlm.reading import Reading, expectation, read
 from qirl.rewards.vlm.records import Record, by_prompt, load_records
-from qirl.rewards.vlm.rubric import END_SCORE, END_THINK, SCORE, THINK, Rubric, escape, load_rubrics
+from qirl.rewards.vlm.rubric import END_SCORE, Rubric, begun_answer, load_rubrics
 from qirl.rewards.vlm.validation import measure
-from qirl.run.folder import RunFolder, write_json
-from qirl.run.logs import JsonLines
+from qirl.run.folder import write_json
 
 LANGUAGE = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train_judge(config: RewardConfig, quiet: bool = False) -> Engine:
@@ -64,10 +61,8 @@ def train_judge(config: RewardConfig, quiet: bool = False) -> Engine:
     engine.run("judge", step_and_validate, lambda r: {"loss": r["loss"], "score": r["loss/score"]}, quiet=quiet)
     judge.export()
     if engine.ranks.first:
-        write_json(
-            engine.folder.summary, summary_of_metrics(engine.folder.path.resolve().name, list(engine.metrics.read()))
-        )
-    engine.ranks.barrier()
+        engine.summarise()
+    engine.close()
     return engine
 
 
@@ -106,31 +101,20 @@ class Judge:
             raise UserError(f"{options.records} has no record of split train")
         if options.loss == "pairwise" and not any(len({r.score for r in own}) > 1 for own in learned):
             raise UserError(f"{options.records}: no prompt has two scores to compare; use judge.loss=pointwise")
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
-        half = options.dtype == "bfloat16"
-        ranks = start(always_mesh=half)
-        if ranks.first:
-            RunFolder.check(config.run.out, to_dict(config), FREE_KEYS)
-        model = build(options, config.run.seed).to(ranks.device)
-        folder = RunFolder.open(config.run.out, to_dict(config), free_keys=FREE_KEYS, writer=ranks.first)
-        if ranks.first and missing:
-            (folder.path / "missing.txt").write_text("\n".join(missing) + "\n")
-        ranks.barrier()
-        shard(model, ranks, DTYPES[options.dtype], blocks_of(model))
-        engine = Engine(
-            config, ranks, folder, model, Weights(model, False), Optimizer(model, config.optimizer, config.run.steps),
-            JsonLines(folder.metrics), JsonLines(folder.scores),
-        )  # fmt: skip
+        model = lambda device, master: build(options, config.run.seed).to(device, master)  # noqa: E731
+        engine = Engine.around(model, config, options.dtype, blocks=blocks_of)
+        if engine.ranks.first and missing:
+            (engine.folder.path / "missing.txt").write_text("\n".join(missing) + "\n")
         return cls(engine, processor, rubrics, learned, [r for r in records if r.split == "validation"])
 
     def drawn(self, step: int) -> list[list[Record]]:
         """The step's records by prompt: prompts in an order of their own every epoch, judge.per_prompt records of each."""
         options, seed = self.engine.config.judge, self.engine.config.run.seed
+        order = functools.cache(lambda epoch: _order(len(self.prompts), seed, epoch))
         chosen = []
         for place in range(step * self._prompts, (step + 1) * self._prompts):
             epoch, index = divmod(place, len(self.prompts))
-            own = self.prompts[_order(len(self.prompts), seed, epoch)[index]]
+            own = self.prompts[order(epoch)[index]]
             chosen.append([own[i] for i in _order(len(own), seed, place, 1)[: options.per_prompt]])
         return chosen
 
@@ -206,7 +190,7 @@ class Judge:
     def example(self, record: Record) -> Example:
         """The tokens up to `<score>` are those of the reader's second call."""
         messages, images = self.rubrics[record.rubric].messages(record.request, len(record.images) - 1), record.load()
-        tokenizer, prefix = self.processor.tokenizer, THINK + escape(record.reasoning) + END_THINK + SCORE
+        tokenizer, prefix = self.processor.tokenizer, begun_answer(record.reasoning)
         begun = self.processor.encode(messages, images, prefix)
         own = tokenizer(prefix, add_special_tokens=False)["input_ids"]
         pairs = zip(reversed(begun.ids), reversed(own), strict=False)
@@ -224,7 +208,7 @@ class Judge:
     def export(self) -> Path:
         """Writes model/: weights (adapters merged), tokenizer, chat template and image processor of the folder it began with."""
         target, options = self.engine.folder.path / "model", self.engine.config.judge
-        state = {k: _whole(v) for k, v in self.engine.weights.current.items()}
+        state = {k: whole(v) for k, v in self.engine.weights.current.items()}
         if self.engine.ranks.first:
             model = build(options, self.engine.config.run.seed)
             model.load_state_dict(state, strict=False)
@@ -250,9 +234,7 @@ def readings(model, processor: Processor, rubrics, records: Sequence[Record], op
         ]
     found, device = [], next(model.parameters()).device
     for begin in range(0, len(asked), options.micro):
-        encoded = [
-            processor.encode(m, r.load(), THINK + END_THINK + SCORE) for m, r in asked[begin : begin + options.micro]
-        ]
+        encoded = [processor.encode(m, r.load(), begun_answer()) for m, r in asked[begin : begin + options.micro]]
         logits = model(**processor.batch(encoded, device, left=True), logits_to_keep=1).logits[:, -1]
         for row in logits.float().log_softmax(-1)[:, processor.digits].tolist():
             score = expectation(row)
@@ -289,7 +271,3 @@ def _ranked(records: Sequence[Record]) -> list[tuple[int, int]]:
 def _order(count: int, *key: int) -> list[int]:
     """A permutation that is a pure function of `key`."""
     return np.random.default_rng([k % 2**64 for k in key]).permutation(count).tolist()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
