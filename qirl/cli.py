@@ -144,13 +144,17 @@ def evaluate(config: Config, overrides: Overrides = None, dry_run: DryRun = Fals
     _run("evaluate", config, overrides, dry_run, out)
 
 
+def load_config(kind: str, name: str, overrides: list[str] | None, out: str | None = None):
+    """The config of a command's arguments."""
+    from qirl.config import load
+    from qirl.paths import find_config
+
+    return load(kind, find_config(name), [*(overrides or []), *([f"run.out={out}"] if out is not None else [])])
+
+
 def _run(kind: str, name: str, overrides: list[str] | None, dry_run: bool, out: str | None) -> None:
     with told(resumes=kind != "evaluate"):
-        from qirl.config import load
-        from qirl.paths import find_config
-
-        given = [*(overrides or []), *([f"run.out={out}"] if out is not None else [])]
-        config = load(kind, find_config(name), given)
+        config = load_config(kind, name, overrides, out)
         if dry_run:
             if first():
                 from qirl.plan import print_plan

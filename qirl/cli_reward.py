@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qirl.cli import Config, DryRun, Out, Overrides, WithOptions, first, leave_group, say, told
+from qirl.cli import Config, DryRun, Out, Overrides, WithOptions, first, leave_group, load_config, say, told
 
 app = typer.Typer(
     name="reward", help="Reward models: train a judge, serve rewards, score and check.", no_args_is_help=True
@@ -30,7 +30,7 @@ class WithServeOptions(WithOptions):
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
     """Teach a vision-language model (Qwen2.5-VL, Qwen3-VL) to score images from 1 to 5."""
     with told(resumes=True):
-        loaded = _load("reward", config, [*(overrides or []), *([f"run.out={out}"] if out is not None else [])])
+        loaded = load_config("reward", config, overrides, out)
         if dry_run:
             _show(loaded)
             return
@@ -49,7 +49,7 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False, 
 def serve(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Serve the rewards of a config over HTTP, for trainers on other machines."""
     with told():
-        loaded = _load("serve", config, overrides or [])
+        loaded = load_config("serve", config, overrides)
         if dry_run:
             _show(loaded)
             return
@@ -73,7 +73,7 @@ def score(
         from qirl.rewards.shell import score as run
         from qirl.tables import print_scores
 
-        path, rows = run(_load("serve", config, overrides or []), input, out)
+        path, rows = run(load_config("serve", config, overrides), input, out)
         print_scores(rows)
         say(f"scores: {path}")
 
@@ -92,16 +92,9 @@ def check(
         from qirl.rewards.shell import check as run
         from qirl.tables import print_attacks
 
-        found = run(_load("serve", config, overrides or []), input)
+        found = run(load_config("serve", config, overrides), input)
         if not print_attacks(found, limit):
             raise SystemExit(1)
-
-
-def _load(kind: str, name: str, overrides: list[str]):
-    from qirl.config import load
-    from qirl.paths import find_config
-
-    return load(kind, find_config(name), overrides)
 
 
 def _show(config) -> None:

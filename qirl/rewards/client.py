@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from qirl.errors import UserError
@@ -24,7 +23,7 @@ class ServerReward:
     """
 
     def __init__(self, name: str, options: ServerOptions):
-        self.options, self.failures = options, {}
+        self.options, self.failures = options, Counter()
         self.read_noise: dict[str, float] = {}
         has: set[str] = set()
         for server in options.servers:
@@ -40,7 +39,7 @@ class ServerReward:
         self.components = options.components or tuple(sorted(has))  # none while the servers' rewards have told none
         self.read_noise = {k: v for k, v in self.read_noise.items() if k in self.components}
         self._kept: OrderedDict[str, Scores] = OrderedDict()
-        self._replicas = weakref.WeakKeyDictionary()
+        self._replicas = Replicas(options)
 
     async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         keys = [_key(sample) for sample in samples] if self.options.cache else list(range(len(samples)))
@@ -57,14 +56,11 @@ class ServerReward:
 
     async def _ask(self, samples: Sequence[Sample]) -> list[Scores]:
         ids = list(range(len(samples)))
-        loop = asyncio.get_running_loop()
-        if loop not in self._replicas:
-            self._replicas[loop] = Replicas(self.options)
         body = await asyncio.to_thread(request_of, samples, ids)
         try:
-            found = await self._replicas[loop].post("/v1/score", body, lambda answer: scores_of(answer, ids))
+            found = await self._replicas.post("/v1/score", body, lambda answer: scores_of(answer, ids))
         except ServerError as error:
-            self.failures[str(error)] = self.failures.get(str(error), 0) + len(samples)
+            self.failures[str(error)] += len(samples)
             if not self.components:  # nobody knows yet what failed: no component at all would mean that none applies
                 raise
             return [dict.fromkeys(self.components, math.nan) for _ in samples]

@@ -12,6 +12,7 @@ sample; NaN means that scoring failed (section 5 of the algorithm page).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,11 @@ class Sample:
 
 
 Reward = Callable[[Sequence[Sample]], "list[Scores] | Awaitable[list[Scores]]"]
+
+
+def is_async(reward: Reward) -> bool:
+    """Whether a call gives a coroutine, to be awaited on the event loop, and no result, for which a thread is kept."""
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
 def name_of(reward: Reward) -> str:

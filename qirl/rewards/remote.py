@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,29 +43,35 @@ class ServerError(Exception):
 
 
 class Replicas:
-    """Connections to the servers of `options`, for one event loop."""
+    """The servers of `options`, from any event loop: connections belong to one, so each has its own."""
 
     def __init__(self, options: Remote):
+        self.options, self.turn, self.rested = options, itertools.count(), {}
+        self._by_loop = weakref.WeakKeyDictionary()
+
+    def _here(self):
+        """The client and the places of the running loop."""
         import httpx2
 
-        self.options, self.turn, self.rested = options, itertools.count(), {}
-        limits = httpx2.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency)
-        self.client = httpx2.AsyncClient(timeout=options.timeout, limits=limits, headers=bearer(options.token_variable))
-        self.places = asyncio.Semaphore(options.concurrency)
-
-    async def close(self) -> None:
-        await self.client.aclose()
+        loop, most = asyncio.get_running_loop(), self.options.concurrency
+        if loop not in self._by_loop:
+            limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
+            headers = bearer(self.options.token_variable)
+            client = httpx2.AsyncClient(timeout=self.options.timeout, limits=limits, headers=headers)
+            self._by_loop[loop] = client, asyncio.Semaphore(most)
+        return self._by_loop[loop]
 
     async def post(self, path: str, body: dict, take: Callable[[Any], Any]) -> Any:
         """take(the answer's JSON) of the first answer that `take` accepts; it raises ServerError for one it does not.
 
         Raises ServerError after the last try, and UserError at once for a request that the server refuses.
         """
-        async with self.places:
+        client, places = self._here()
+        async with places:
             for attempt in itertools.count():
                 server = self._next()
                 try:
-                    return take(await self._ask(f"{server.rstrip('/')}{path}", body))
+                    return take(await _ask(client, f"{server.rstrip('/')}{path}", body))
                 except ServerError as error:
                     pause = error.pause if error.pause is not None else self.pause(attempt)
                     self.rested[server] = time.monotonic() + pause
@@ -89,23 +96,23 @@ class Replicas:
     def _resting(self, server: str) -> bool:
         return self.rested.get(server, 0.0) > time.monotonic()
 
-    async def _ask(self, address: str, body: dict) -> Any:
-        import httpx2
 
-        try:
-            answer = await self.client.post(address, json=body)
-        except httpx2.HTTPError as error:
-            raise ServerError(f"{address}: {type(error).__name__} {error}") from error
-        if answer.status_code in REFUSED:
-            raise UserError(
-                f"{address} refused a request ({answer.status_code}: {answer.text[:300]}); check its options"
-            )
-        if answer.status_code != 200:
-            raise ServerError(f"{address} answered {answer.status_code}", _seconds(answer.headers.get("retry-after")))
-        try:
-            return answer.json()
-        except ValueError as error:
-            raise ServerError(f"{address} answered what is no JSON: {error}") from error
+async def _ask(client, address: str, body: dict) -> Any:
+    """The JSON of one answer."""
+    import httpx2
+
+    try:
+        answer = await client.post(address, json=body)
+    except httpx2.HTTPError as error:
+        raise ServerError(f"{address}: {type(error).__name__} {error}") from error
+    if answer.status_code in REFUSED:
+        raise UserError(f"{address} refused a request ({answer.status_code}: {answer.text[:300]}); check its options")
+    if answer.status_code != 200:
+        raise ServerError(f"{address} answered {answer.status_code}", _seconds(answer.headers.get("retry-after")))
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise ServerError(f"{address} answered what is no JSON: {error}") from error
 
 
 def get(address: str, options: Remote) -> Any:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from qirl.config_sections import Scoring
 from qirl.errors import UserError
-from qirl.rewards.protocol import Reward, Sample, Scores, check, merge, name_of
+from qirl.rewards.protocol import Reward, Sample, Scores, check, is_async, merge, name_of
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Scorer:
         return error
 
     async def _call(self, reward: Reward, samples: Sequence[Sample]) -> list[Scores]:
-        if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        if is_async(reward):
             return await reward(samples)
         result = await self._in_thread(reward, samples)
         return await result if inspect.isawaitable(result) else result

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qirl.rewards.protocol import Reward, Sample, Scores, check, merge, name_of
+from qirl.rewards.protocol import Reward, Sample, Scores, check, is_async, merge, name_of
 
 
 class Full(Exception):
@@ -116,7 +116,7 @@ class Batcher:
 
 
 async def _call(reward: Reward, samples: Sequence[Sample]) -> list[Scores]:
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+    if is_async(reward):
         return await reward(samples)
     result = await asyncio.to_thread(reward, samples)
     return await result if inspect.isawaitable(result) else result

@@ -34,7 +34,7 @@ def with_images(messages: list[dict], images: Sequence[np.ndarray]) -> list[dict
 
 
 class OpenAIChat:
-    """`reading.Chat` over HTTP, for one event loop."""
+    """`reading.Chat` over HTTP."""
 
     def __init__(self, options: JudgeOptions):
         self.options, self.replicas = options, Replicas(options)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from qirl.kernels.score_expectation import likert_to_unit
 from qirl.rewards.protocol import Sample, Scores
 from qirl.rewards.remote import ServerError
 from qirl.rewards.vlm.openai_chat import OpenAIChat, check_servers
@@ -27,14 +28,15 @@ class JudgeReward:
     def __init__(self, name: str, options: JudgeOptions):
         self.components, self.options = (name,), options
         self.rubric = load_rubric(options.rubric, options.omit)
-        self.failures: dict[str, int] = {}  # what went wrong, and how often
-        self._noise, self._chats = [0.0, 0], weakref.WeakKeyDictionary()
+        self.failures = Counter()  # what went wrong, and how often
+        self._noise = [0.0, 0]
         if options.servers:
             check_servers(options)
+            self.chat = OpenAIChat(options)
         else:
             from qirl.rewards.vlm.local_chat import LocalChat
 
-            self.local = LocalChat.load(options.model, options.pixels, options.reasoning_tokens, options.temperature)
+            self.chat = LocalChat.load(options.model, options.pixels, options.reasoning_tokens, options.temperature)
 
     @property
     def read_noise(self) -> dict[str, float]:
@@ -43,29 +45,21 @@ class JudgeReward:
 
     async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         readings = await asyncio.gather(*(self.reading(sample) for sample in samples))
-        return [{self.components[0]: (reading.score - 1) / 4} for reading in readings]
+        return [{self.components[0]: likert_to_unit(reading.score)} for reading in readings]
 
     async def reading(self, sample: Sample) -> Reading:
         """What the judge says of one sample; NaN, and a count in `failures`, where its servers do not answer."""
         images = [fit(image, self.options.pixels) for image in (*sample.sources, sample.image)]
         messages = self.rubric.messages(sample.prompt, len(sample.sources))
         try:
-            found = await read(self._chat(), messages, images, self.options.mode, self.options.chains, seed=sample.id)
+            found = await read(self.chat, messages, images, self.options.mode, self.options.chains, seed=sample.id)
         except ServerError as error:
-            self.failures[str(error)] = self.failures.get(str(error), 0) + 1
+            self.failures[str(error)] += 1
             return Reading(math.nan, ())
         if not math.isnan(found.noise):
             self._noise[0] += (found.noise / 4) ** 2
             self._noise[1] += 1
         return found
-
-    def _chat(self):
-        if not self.options.servers:
-            return self.local
-        loop = asyncio.get_running_loop()
-        if loop not in self._chats:
-            self._chats[loop] = OpenAIChat(self.options)
-        return self._chats[loop]
 
 
 def fit(image: np.ndarray, pixels: int) -> np.ndarray:
