@@ -38,13 +38,13 @@ static void finish_rows(const Call& call, Finish finish) {
 
 static void run(const qirl::FlowStepCall& call, const Tensor&) {
   with_types(call, [&](auto types) {
-    on_cpu(call.calls, kGrain, kRange, [&](int64_t i) { return call.token<decltype(types)>(i, Lanes{}); });
+    on_cpu(call.calls, kGrain, kRange, [call](int64_t i) { return call.token<decltype(types)>(i, Lanes{}); });
   });
 }
 
 static void run(const qirl::MatchCall& call, const Tensor&) {
   with_types(call, [&](auto types) {
-    on_cpu(call.calls, kGrain, kRange, [&](int64_t i) { return call.token<decltype(types)>(i, Lanes{}); });
+    on_cpu(call.calls, kGrain, kRange, [call](int64_t i) { return call.token<decltype(types)>(i, Lanes{}); });
   });
   if (!call.dv) finish_rows<1>(call, [&](int64_t r, const double(&total)[1]) { call.finish(r, total); });
 }
@@ -53,7 +53,7 @@ template <qirl::Policy kind>
 static void run(const qirl::PolicyCall& call, const Tensor&) {
   with_types(call, [&](auto types) {
     using T = decltype(types);
-    on_cpu(call.calls, kGrain, kRange, [&](int64_t i) {
+    on_cpu(call.calls, kGrain, kRange, [call](int64_t i) {
       return call.dv ? call.backward<kind, T>(i, Lanes{}) : call.forward<kind, T>(i, Lanes{});
     });
   });

@@ -50,13 +50,19 @@ def register(op: str, fake: Callable, backward: Callable | None = None, keep: Ca
             torch.library.register_autograd(f"qirl::{op}", backward, setup_context=keep)
 
 
+@functools.cache
+def op_of(name: str) -> Callable:
+    """csrc's op, without the search for an overload at every call."""
+    return getattr(torch.ops.qirl, name).default
+
+
 def on(op: str, *tensors: torch.Tensor | None) -> dict[str, Callable]:
     """{"native": op} or {"cuda": op} where csrc serves these tensors, for `dispatch.choose`: all on one device."""
     devices = {t.device for t in tensors if t is not None}
     device = devices.pop()
     if devices or device.type not in _SERVED:
         return {}
-    return {_SERVED[device.type]: getattr(torch.ops.qirl, op)}
+    return {_SERVED[device.type]: op_of(op)}
 
 
 def same(*tensors: torch.Tensor | None) -> bool:

@@ -185,7 +185,7 @@ for _op, _fake, _gradients, _keep in (
     ("nft", _fake_nft, _nft_gradients, _keep_nft),
     ("ratio", _fake_ratio, _ratio_gradients, _keep_ratio),
 ):
-    _backward = lambda *given, op=f"policy_{_op}_backward": getattr(torch.ops.qirl, op)(*given)  # noqa: E731
+    _backward = lambda *given, op=f"policy_{_op}_backward": _native.op_of(op)(*given)  # noqa: E731
     _native.register(f"policy_{_op}", _fake, functools.partial(_gradients, _backward), _keep)
     _native.register(f"policy_{_op}_backward", _fake_backward)
     _forward, _backward = getattr(policy_triton, _op), getattr(policy_triton, f"{_op}_backward")

@@ -29,8 +29,8 @@ def on(launch: Callable, *tensors: torch.Tensor) -> dict[str, Callable]:
     """{"triton": launch} where Triton serves these tensors, for `dispatch.choose`; float64 is left to the references."""
     if triton is None or any(t.dtype == torch.float64 for t in tensors):
         return {}
-    asked = os.environ.get("QIRL_KERNELS") == "triton"
-    return {"triton": launch} if (asked if INTERPRETED else all(t.is_cuda for t in tensors)) else {}
+    serves = os.environ.get("QIRL_KERNELS") == "triton" if INTERPRETED else all(t.is_cuda for t in tensors)
+    return {"triton": launch} if serves else {}
 
 
 def over_elements(kernel, *tensors: torch.Tensor) -> None:

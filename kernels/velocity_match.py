@@ -120,7 +120,7 @@ _triton_backward.register_fake(_fake_backward)
 _native.register(
     "velocity_match",
     _fake,
-    functools.partial(_gradients, lambda *given: torch.ops.qirl.velocity_match_backward(*given)),
+    functools.partial(_gradients, lambda *given: _native.op_of("velocity_match_backward")(*given)),
     _keep,
 )
 _native.register("velocity_match_backward", _fake_backward)
