@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 from collections import Counter, OrderedDict
@@ -56,7 +57,7 @@ class ServerReward:
 
     async def _ask(self, samples: Sequence[Sample]) -> list[Scores]:
         ids = list(range(len(samples)))
-        body = await asyncio.to_thread(request_of, samples, ids)
+        body = functools.partial(request_of, samples, ids)
         try:
             found = await self._replicas.post("/v1/score", body, lambda answer: scores_of(answer, ids))
         except ServerError as error:

@@ -14,6 +14,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pydantic_core import to_json
+
 from qirl.config_sections import Section, option
 from qirl.errors import UserError
 
@@ -61,17 +63,19 @@ class Replicas:
             self._by_loop[loop] = client, asyncio.Semaphore(most)
         return self._by_loop[loop]
 
-    async def post(self, path: str, body: dict, take: Callable[[Any], Any]) -> Any:
+    async def post(self, path: str, body: Callable[[], dict], take: Callable[[Any], Any]) -> Any:
         """take(the answer's JSON) of the first answer that `take` accepts; it raises ServerError for one it does not.
 
-        Raises ServerError after the last try, and UserError at once for a request that the server refuses.
+        body(): the request, made in a thread once there is a place for it, so that no more of them exist than are under
+        way. Raises ServerError after the last try, and UserError at once for a request that the server refuses.
         """
         client, places = self._here()
         async with places:
+            content = await asyncio.to_thread(lambda: to_json(body()))
             for attempt in itertools.count():
                 server = self._next()
                 try:
-                    return take(await _ask(client, f"{server.rstrip('/')}{path}", body))
+                    return take(await _ask(client, f"{server.rstrip('/')}{path}", content))
                 except ServerError as error:
                     pause = error.pause if error.pause is not None else self.pause(attempt)
                     self.rested[server] = time.monotonic() + pause
@@ -97,12 +101,12 @@ class Replicas:
         return self.rested.get(server, 0.0) > time.monotonic()
 
 
-async def _ask(client, address: str, body: dict) -> Any:
+async def _ask(client, address: str, content: bytes) -> Any:
     """The JSON of one answer."""
     import httpx2
 
     try:
-        answer = await client.post(address, json=body)
+        answer = await client.post(address, content=content, headers={"Content-Type": "application/json"})
     except httpx2.HTTPError as error:
         raise ServerError(f"{address}: {type(error).__name__} {error}") from error
     if answer.status_code in REFUSED:

@@ -47,12 +47,12 @@ class OpenAIChat:
         body = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP}
         return await self._ask(messages, images, prefix, body, _digits)
 
-    async def _ask(self, messages, images, prefix: str, body: dict, take: Callable[[dict], object]):
+    async def _ask(self, messages, images, prefix: str, options: dict, take: Callable[[dict], object]):
         begun = {"role": "assistant", "content": prefix}
-        body = body | {
-            "model": self.options.model, "messages": [*with_images(messages, images), begun], "n": 1,
-            "continue_final_message": True, "add_generation_prompt": False,
+        options = options | {
+            "model": self.options.model, "n": 1, "continue_final_message": True, "add_generation_prompt": False
         }  # fmt: skip
+        body = lambda: options | {"messages": [*with_images(messages, images), begun]}  # noqa: E731
         return await self.replicas.post("/chat/completions", body, lambda answer: take(_only_choice(answer)))
 
 
