@@ -83,19 +83,20 @@ def distill(config: Source, quiet: bool = False, **overrides: Any) -> Path:
     return run(load_config("distill", config, **overrides), quiet).folder.path / "model"
 
 
-def evaluate(config: Source, quiet: bool = False, **overrides: Any) -> dict:
+def evaluate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> dict:
     """Scores a model on held-out prompts; returns {guidance: results}. See `qirl evaluate`.
 
-    With evaluation.models: {"models": {name: {guidance: results}}, "arena": ratings or None}, see `compare`.
+    rewards: as for `train`; results of callables are not kept for a later evaluation. With evaluation.models: {"models":
+    {name: {guidance: results}}, "arena": ratings or None}, see `compare`.
     """
     loaded = load_config("evaluate", config, **overrides)
     if loaded.evaluation.models:
         from qirl.evaluation.compare import compare
 
-        return compare(loaded, quiet)
+        return compare(loaded, rewards, quiet)
     from qirl.evaluation.evaluate import evaluate as run
 
-    return run(loaded, quiet)
+    return run(loaded, rewards, quiet)
 
 
 def sample(model: str | Path, prompts: Sequence[str], **options: Any):

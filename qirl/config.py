@@ -263,6 +263,8 @@ class EvaluateConfig(Section):
     flow: Flow = Flow()
     evaluation: Evaluation = Evaluation()
     arena: Arena = Arena()
+    rewards: dict[str, RewardOptions] = REWARDS
+    scoring: Scoring = Scoring()
 
     @model_validator(mode="after")
     def _arena_knows_its_models(self):

@@ -62,7 +62,12 @@ def print_results(results: dict) -> None:
             numbers = [_number(row["rewards"].get(component), ".3f") for component in rewards]
             numbers += [_number(row["gap"], "+.3f"), _number(row["diversity"], ".3f"), _number(row["artifacts"], ".1f")]
             table.add_row(*([name] if "models" in results else []), guidance, judge, *numbers)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for name, own in models.items():
+        for guidance, row in own.items():
+            for component, share in row.get("failed", {}).items():
+                console.print(f"{name or 'model'}, guidance {guidance}: {component} failed on {share:.0%} of images")
     if results.get("arena"):
         _print_arena(results["arena"])
 

@@ -107,7 +107,7 @@ def test_the_options_do_not_drift():
     assert [n for n, *_ in describe("distill")] == names(shared | DISTILL)
     shared = {k: v for k, v in shared.items() if k != "optimizer"}
     assert [n for n, *_ in describe("evaluate")] == names(
-        shared | {name: OTHERS[name] for name in ("evaluation", "arena")}
+        shared | {name: OTHERS[name] for name in ("evaluation", "arena")} | REWARDS | {"scoring": KEYS["scoring"]}
     )
     assert [n for n, *_ in describe("curate")] == names(shared | PROBE | CURATE)
     assert [n for n, *_ in describe("calibrate")] == names(shared | PROBE | CALIBRATE)

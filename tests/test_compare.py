@@ -17,6 +17,7 @@ from qirl.evaluation.compare import compare, config_of
 from qirl.evaluation.evaluate import evaluate
 from qirl.evaluation.measure import measure
 from qirl.evaluation.statistics import interval
+from qirl.tables import print_results
 
 SHARED = {
     "run": {"threads": 1},
@@ -174,3 +175,43 @@ def test_tables_by_task_and_category_have_intervals_over_prompts():
     assert found["gap"] == pytest.approx(np.mean([250 / 255 - 0.5, 150 / 255 - 1, 0.0, 0.0]))
     assert found["judge_by_category"] == {"plain": 0.75, "recolour": 0.75}
     assert found["artifacts"] == pytest.approx(0) and found["pairs"] == 8
+    assert found["failed"] == {"digit": 0.25}
+
+
+def test_rewards_of_the_config_are_measured_and_kept(models, tmp_path, monkeypatch):
+    """Two kinds that are called like numbers of ours stay apart from them."""
+    monkeypatch.setenv("COLUMNS", "160")
+    rewards = {name: {"kind": name} for name in ("artifacts", "diversity")}
+    alone = {"model": {"path": str(models / "other")}, "run": {"threads": 1, "out": str(tmp_path)}}
+    given = SHARED | alone | {"rewards": rewards}
+    found = evaluate(load("evaluate", given), quiet=True)["2"]
+    assert set(found["rewards"]) == {"artifacts (reward)", "diversity (reward)"} and found["failed"] == {}
+    assert found["diversity"] != found["rewards"]["diversity (reward)"] and np.isnan(found["gap"])
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(yaml.safe_dump(given))
+    code, out, err = qirl("evaluate", path, "evaluation.guidance=[1]")
+    assert code == 0 and "diversity (reward)" in out, err
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())["guidance"]) == {"1", "2"}
+    qirl("evaluate", path, "evaluation.guidance=[1]", "rewards.artifacts.low=0")
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())["guidance"]) == {"1"}  # other rewards: anew
+
+
+def test_callables_score_every_evaluation_anew_and_failures_are_told(models, tmp_path):
+    calls = []
+
+    async def red(samples):
+        calls.append([s.id for s in samples])
+        return [{"red": np.nan if s.id == 3 else float(s.image[..., 0].mean() / 255)} for s in samples]
+
+    given = values(models, tmp_path / "out", ("base", "other"))
+    given["evaluation"] = given["evaluation"] | {"guidance": [1.0]}
+    for times in (1, 2):
+        found = compare(load("evaluate", given), [red], quiet=True)
+        assert sorted(calls) == sorted([[2 * p, 2 * p + 1] for p in range(6)] * 2 * times)
+    assert found["models"]["base"]["1"]["failed"] == {"red": 1 / 12}
+
+
+def test_a_failed_component_has_a_line_below_the_table(capsys):
+    row = {name: 0.5 for name in ("judge_accuracy", "judge_accuracy_se", "gap", "diversity", "artifacts")}
+    print_results({"2": row | {"rewards": {"text": 0.25}, "failed": {"text": 0.125}}})
+    assert "model, guidance 2: text failed on 12% of images" in capsys.readouterr().out

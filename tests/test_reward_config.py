@@ -11,12 +11,11 @@ from tiny_runs import train_config
 
 from qirl.config import KINDS, describe, load, to_dict
 from qirl.config_sections import Composition
-from qirl.curation.probe import reward_options
 from qirl.errors import UserError
 from qirl.policy import trainer as training
 from qirl.policy.advantages import ABSENT
 from qirl.policy.composition import compose
-from qirl.rewards.registry import build
+from qirl.rewards.registry import build, identity
 
 NAN = math.nan
 
@@ -147,7 +146,7 @@ def test_a_run_takes_its_rewards_and_gates_from_its_config(tmp_path, tiny_model)
 def test_a_ledger_knows_its_rewards_but_not_where_they_are_asked():
     judge = {"kind": "judge", "model": "m", "servers": ["http://a"], "timeout": 3.0}
     facts = [
-        reward_options(load("curate", {"model": {"path": "m"}, "rewards": {"j": judge | change}}))
+        identity(load("curate", {"model": {"path": "m"}, "rewards": {"j": judge | change}}).rewards)
         for change in ({}, {"servers": ["http://b"], "timeout": 9.0}, {"rubric": "portrait"})
     ]
     assert facts[0] == facts[1] != facts[2]

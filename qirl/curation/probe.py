@@ -33,8 +33,7 @@ from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
 from qirl.policy.nodes import draw_nodes
 from qirl.rewards.protocol import Reward, Sample, name_of
-from qirl.rewards.registry import build
-from qirl.rewards.remote import Remote
+from qirl.rewards.registry import identity, rewards_of
 from qirl.rewards.scorer import Scorer
 from qirl.run.folder import RunFolder, write_bytes
 from qirl.run.progress import Live
@@ -101,7 +100,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    return Probe(config, world, prompts, list(rewards) or build(config.rewards) or world.rewards(), start())
+    return Probe(config, world, prompts, rewards_of(config, world, rewards), start())
 
 
 def candidates(config: CurateConfig | CalibrateConfig, world: DigitsWorld) -> list[Prompt]:
@@ -143,19 +142,13 @@ def facts(probe: Probe) -> dict:
         "ledger": VERSION, "policy": policy_hash(find_model(config.model.path)), **sampler_facts(config),
         "group": config.probe.group, "seed": config.run.seed, "prompts": len(probe.prompts),
         "rewards": [name_of(reward) for reward in rewards], "read_noise": noise,
-        **({"reward_options": reward_options(config)} if config.rewards else {}),
+        **({"reward_options": identity(config.rewards)} if config.rewards else {}),
     }  # fmt: skip
 
 
 def live_noise(rewards: Sequence[Reward]) -> dict[str, float]:
     """{component: read noise} as the rewards know it now: a judge learns its own from the readings it makes."""
     return {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
-
-
-def reward_options(config: CurateConfig | CalibrateConfig) -> dict:
-    """The rewards of the config, apart from where and how patiently they are asked."""
-    asked = Remote.model_fields
-    return {name: {k: v for k, v in own.items() if k not in asked} for name, own in to_dict(config)["rewards"].items()}
 
 
 def sampler_facts(config: CurateConfig | CalibrateConfig) -> dict:

@@ -7,6 +7,7 @@ model alone, too; `pairwise_from_scores` makes it choose.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ from qirl.errors import UserError
 from qirl.evaluation.arena import arena, arena_by_task, pairwise_from_scores, play
 from qirl.evaluation.evaluate import Exam, check, evaluation_key, keep_results, known_results, out_folder, scan
 from qirl.evaluation.measure import judge_score
+from qirl.rewards.protocol import Reward
 from qirl.run.cache import content_key
 from qirl.run.folder import check_writable, write_json
 
 MARGIN = 0.05  # of the judge's score, 0 to 1: two pictures that it is about as sure of are a tie
 
 
-def compare(config: EvaluateConfig, quiet: bool = False) -> dict:
+def compare(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> dict:
     """{"models": {name: {guidance: results}}, "arena": None or `arena`'s ratings, the same of each task alone
     ("by_task") and the "guidance" of each player}.
 
@@ -38,10 +40,10 @@ def compare(config: EvaluateConfig, quiet: bool = False) -> dict:
         check(one)
     for folder in (out, *map(out_folder, own.values())):
         check_writable(folder)
-    key = content_key({name: evaluation_key(one) for name, one in own.items()}, _plays(config))
+    key = content_key({name: evaluation_key(one, rewards) for name, one in own.items()}, _plays(config))
     found = _known(out / "arena.json", key)
     if found is None:
-        found = _compare(config, own, quiet)
+        found = _compare(config, own, rewards, quiet)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "arena.json", {"key": key, "paths": dict(config.evaluation.models)} | found)
     return found
@@ -62,12 +64,12 @@ def scale_of(config: EvaluateConfig, name: str) -> float:
     return config.arena.guidance.get(name, config.evaluation.guidance[0])
 
 
-def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], quiet: bool) -> dict:
-    exam = Exam.of(config)
+def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], rewards: Sequence[Reward], quiet: bool) -> dict:
+    exam = Exam.of(config, rewards)
     models: dict[str, dict] = {}
     shown: dict[str, np.ndarray] = {}
     for name, one in own.items():
-        known = known_results(one)
+        known = known_results(one, rewards)
         todo = [] if known else list(one.evaluation.guidance)
         playing = scale_of(config, name) if config.arena.battles else None
         todo += [playing] if config.arena.battles and playing not in todo else []
@@ -77,7 +79,7 @@ def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], quiet: bool
             if guidance == playing:
                 shown[name] = images
         if not known:
-            keep_results(one, fresh)
+            keep_results(one, fresh, rewards)
         models[name] = known or fresh
     return {"models": models, "arena": _battles(config, exam, shown) if config.arena.battles else None}
 

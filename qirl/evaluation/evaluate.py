@@ -6,6 +6,7 @@ The noise depends on (evaluation.seed, prompt, sample) only, so two models are c
 from __future__ import annotations
 
 import json
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weights import load_model
 from qirl.packing import Target, cut
 from qirl.rewards.protocol import Reward
+from qirl.rewards.registry import identity, rewards_of
 from qirl.run.cache import content_key
 from qirl.run.folder import check_writable, write_json
 from qirl.run.progress import Live
@@ -46,24 +48,25 @@ class Exam:
     judge: Any
 
     @classmethod
-    def of(cls, config: EvaluateConfig) -> Exam:
+    def of(cls, config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> Exam:
         world, options = make_world(config.world), config.evaluation
         chosen = balanced(world.prompts("held_out", config.world.prompts), options.prompts, options.seed)
-        return cls(world, chosen, world.rewards(), world.judge())
+        return cls(world, chosen, rewards_of(config, world, rewards), world.judge())
 
 
-def evaluate(config: EvaluateConfig, quiet: bool = False) -> dict:
+def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> dict:
     """Results of config.model.path per guidance scale: {"1": {"judge_accuracy", "rewards", "gap", ...}} (see `measure`).
 
-    Also written to evaluation.json in config.run.out or, where that is not given, in the model's run folder. Raises
-    UserError for a model that is missing or does not fit, and for guidance other than 1 with a model that has no
+    rewards: callables of qirl.rewards.protocol; none: those of config.rewards, or else the world's own. Also written to
+    evaluation.json in config.run.out or, where that is not given, in the model's run folder. Raises UserError for a model that is missing or does not fit, and for guidance other than 1 with a model that has no
     unconditional embedding.
     """
     check(config)
     check_writable(out_folder(config))
     scales = config.evaluation.guidance
-    results = {f"{guidance:g}": found for guidance, _, found in scan(config, Exam.of(config), scales, quiet)}
-    keep_results(config, results)
+    exam = Exam.of(config, rewards)
+    results = {f"{guidance:g}": found for guidance, _, found in scan(config, exam, scales, quiet)}
+    keep_results(config, results, rewards)
     return results
 
 
@@ -89,43 +92,47 @@ def scan(
         for done, guidance in enumerate(scales, start=1):
             flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance, "sampler": "ode"})
             images = draw(model, exam.world, exam.prompts, options.group, flow, options.seed, options.batch_tokens)
-            found = measure(images, [p for p, _ in exam.prompts], exam.rewards, exam.judge)
+            found = measure(images, [p for p, _ in exam.prompts], exam.rewards, exam.judge, config.scoring)
             live.update(done, {"guidance": guidance, "judge": found["judge_accuracy"]})
             yield guidance, images, found
 
 
-def evaluation_key(config: EvaluateConfig) -> str:
-    """What decides an evaluation's numbers: the config (folders and scales aside), the weights, and the code that runs."""
+def evaluation_key(config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> str:
+    """What decides an evaluation's numbers: the config (folders and scales aside), the weights, and the code that runs.
+
+    Of `rewards` nobody knows whether they are the same as last time, so with them every key is a new one.
+    """
     import qirl
     import qirl.kernels
 
     weights = [zlib.crc32(p.read_bytes()) for p in sorted(find_model(config.model.path).glob("*.safetensors"))]
     plain = {k: v for k, v in to_dict(config).items() if k in ("world", "flow", "evaluation")}
     plain["evaluation"] = {k: v for k, v in plain["evaluation"].items() if k not in ("guidance", "models")}
+    plain |= {"rewards": uuid.uuid4().hex if rewards else identity(config.rewards)}
     return content_key(plain, config.model.dtype, weights, qirl, qirl.kernels)
 
 
-def known_results(config: EvaluateConfig) -> dict | None:
+def known_results(config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> dict | None:
     """The results at config.evaluation.guidance where all of them were found before with the same key, or None."""
-    known = _kept(config)
+    known = _kept(config, evaluation_key(config, rewards))
     scales = [f"{guidance:g}" for guidance in config.evaluation.guidance]
     return {scale: known[scale] for scale in scales} if all(scale in known for scale in scales) else None
 
 
-def keep_results(config: EvaluateConfig, results: dict) -> None:
+def keep_results(config: EvaluateConfig, results: dict, rewards: Sequence[Reward] = ()) -> None:
     """Writes evaluation.json; results at other scales stay there if their key is the same."""
-    out = out_folder(config)
-    everything = _kept(config) | results
+    out, key = out_folder(config), evaluation_key(config, rewards)
+    everything = _kept(config, key) | results
     out.mkdir(parents=True, exist_ok=True)
-    record = {"model": str(config.model.path), "key": evaluation_key(config)}
+    record = {"model": str(config.model.path), "key": key}
     record["guidance"] = {scale: everything[scale] for scale in sorted(everything, key=float)}
     write_json(out / "evaluation.json", record)
 
 
-def _kept(config: EvaluateConfig) -> dict:
+def _kept(config: EvaluateConfig, key: str) -> dict:
     try:
         record = json.loads((out_folder(config) / "evaluation.json").read_text())
-        return record["guidance"] if record["key"] == evaluation_key(config) else {}
+        return record["guidance"] if record["key"] == key else {}
     except (OSError, ValueError, KeyError, TypeError):  # none, damaged, or of another version: evaluated again
         return {}
 

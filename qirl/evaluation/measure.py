@@ -6,34 +6,42 @@ and the judge does not follow, diversity falls or artifacts rise, the model lear
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qirl.config_sections import Scoring
 from qirl.data.prompts import Prompt
 from qirl.data.words import parse
 from qirl.evaluation.artifacts import periodic_peak
 from qirl.evaluation.diversity import in_group_diversity
 from qirl.evaluation.statistics import interval, mean_and_error
-from qirl.rewards.protocol import Sample
-from qirl.rewards.scorer import score
+from qirl.rewards.protocol import Sample, Scores
+from qirl.rewards.scorer import Scorer
 
 LEADING = ("digit", "instruction")  # the reward components that ask for the same as the judge; the gap is to them
 APART = ("judge_accuracy", "diversity", "artifacts", "gap")  # beside the rewards
 
 
-def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> dict:
+def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge, scoring: Scoring | None = None) -> dict:
     """The results of one guidance scale; images uint8 [P, G, H, W, 3], G images of each prompt (which may come again).
 
     {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error,
-    "rewards", "rewards_se": {component: ...}, "judge_by_category", "pairs": images,
+    "rewards", "rewards_se": {component: ...}, "failed": {component: share of its images that could not be scored, where
+    there are any}, "judge_by_category", "pairs": images,
     "judge_attributes": share with the right ink and paper, of text-to-image and where the judge reads them,
     "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}},
     "by_prompt": {"id", "task", and each number: [P] means over a prompt's images, None where it does not apply}}
     gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
+    A component that is called like a number of ours has " (reward)" behind its name. A prompt's images are one call of
+    the rewards, as patient as `scoring` says.
     """
-    samples = [sample for place, prompt in enumerate(prompts) for sample in samples_of(prompt, images[place], place)]
-    values = _values(images, samples, rewards, judge)
+    groups = [samples_of(prompt, images[place], place) for place, prompt in enumerate(prompts)]
+    samples = [sample for own in groups for sample in own]
+    scores = _scores(groups, rewards, scoring)
+    values = _values(images, samples, scores, judge)
     clusters = np.array([p.id for p in prompts])
     result: dict = {"rewards": {}, "rewards_se": {}}
     for name, own in values.items():
@@ -53,7 +61,7 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge) -> di
     if drawn and hasattr(judge, "attributes_correct"):
         specs = [parse(s.prompt) for s in drawn]
         result["judge_attributes"] = float(judge.attributes_correct(np.stack([s.image for s in drawn]), specs).mean())
-    return result | {"pairs": len(samples)}
+    return result | {"failed": _failed(scores), "pairs": len(samples)}
 
 
 def samples_of(prompt: Prompt, images: np.ndarray, place: int = 0) -> list[Sample]:
@@ -67,10 +75,27 @@ def judge_score(judge) -> Callable[[Sequence[Sample]], np.ndarray]:
     return getattr(judge, "score", judge.correct)
 
 
-def _values(images: np.ndarray, samples: Sequence[Sample], rewards, judge) -> dict[str, np.ndarray]:
+def _scores(groups: Sequence[Sequence[Sample]], rewards, scoring: Scoring | None) -> list[Scores]:
+    """Per sample its components, " (reward)" behind the name of one that a number of ours has, too."""
+    with Scorer(rewards, scoring) as scorer:
+        for own in groups:
+            scorer.submit(own)
+        rows, _ = scorer.collect()
+    return [{f"{name} (reward)" if name in APART else name: value for name, value in row.items()} for row in rows]
+
+
+def _failed(scores: Sequence[Scores]) -> dict[str, float]:
+    """{component: share of the samples that it applies to and could not be scored}, of those with any."""
+    applied, failed = Counter(), Counter()
+    for row in scores:
+        applied.update(row.keys())
+        failed.update(name for name, value in row.items() if math.isnan(value))
+    return {name: count / applied[name] for name, count in sorted(failed.items())}
+
+
+def _values(images: np.ndarray, samples: Sequence[Sample], scores: Sequence[Scores], judge) -> dict[str, np.ndarray]:
     """Per number that is reported, its mean over each prompt's images [P]; NaN where it does not apply or failed."""
     shape = images.shape[:2]
-    scores = score(rewards, samples)
     correct = np.asarray(judge.correct(samples), dtype=float).reshape(shape).mean(1)
     components = sorted({name for own in scores for name in own})
     read = {name: _means(np.array([s.get(name, np.nan) for s in scores]).reshape(shape)) for name in components}

@@ -38,7 +38,7 @@ from qirl.policy.refill import Drawn, refill
 from qirl.policy.scoring import StepScores, gather_scores
 from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
 from qirl.rewards.protocol import Reward
-from qirl.rewards.registry import build
+from qirl.rewards.registry import rewards_of
 from qirl.rewards.scorer import Scorer
 
 # per optimizer step, its layouts and their batches
@@ -122,7 +122,7 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
         )
     sampler = PromptSampler(prompts, config.run.seed)
     check_noise_counters("policy", config.policy.prompts, config.policy.group, sampler)
-    rewards = list(rewards) or build(config.rewards) or world.rewards()
+    rewards = rewards_of(config, world, rewards)
     if declared := declared_components(rewards):
         check_components(config.advantage, declared, sampler.categories)
     calibration = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qirl.errors import UserError
 from qirl.rewards.options import PythonOptions, RewardOptions
 from qirl.rewards.protocol import Reward
+from qirl.rewards.remote import Remote
 
 # classes that take (name, options)
 KINDS = {
@@ -23,6 +24,16 @@ KINDS = {
     "ocr": "qirl.rewards.parts.ocr:Ocr",
     "face_identity": "qirl.rewards.parts.faces:FaceIdentity",
 }
+
+
+def rewards_of(config, world, given: Sequence[Reward] = ()) -> list[Reward]:
+    """What scores a run: the callables given to it, else `rewards` of its config, else the world's own."""
+    return list(given) or build(config.rewards) or world.rewards()
+
+
+def identity(options: Mapping[str, RewardOptions]) -> dict:
+    """The rewards of a config as plain data, apart from where and how patiently they are asked."""
+    return {name: own.model_dump(mode="json", exclude=set(Remote.model_fields)) for name, own in options.items()}
 
 
 def build(options: Mapping[str, RewardOptions]) -> list[Reward]:
