@@ -207,8 +207,22 @@ def test_callables_score_every_evaluation_anew_and_failures_are_told(models, tmp
     given["evaluation"] = given["evaluation"] | {"guidance": [1.0]}
     for times in (1, 2):
         found = compare(load("evaluate", given), [red], quiet=True)
-        assert sorted(calls) == sorted([[2 * p, 2 * p + 1] for p in range(6)] * 2 * times)
+        assert calls == [list(range(12))] * 2 * times
     assert found["models"]["base"]["1"]["failed"] == {"red": 1 / 12}
+
+
+@pytest.mark.parametrize(("group", "sizes"), [(8, [32, 32, 8]), (20, [20] * 9), (40, [40] * 9)])
+def test_rewards_get_whole_prompts_in_calls_of_a_training_steps_size(group, sizes):
+    calls = []
+
+    def counted(samples):
+        calls.append(len(samples))
+        return [{"x": s.id / 1000} for s in samples]
+
+    images = np.zeros((9, group, 16, 16, 3), np.uint8)
+    found = measure(images, [Prompt(i, "a 7", "plain") for i in range(9)], [counted], Bright())
+    assert calls == sizes
+    assert found["by_prompt"]["x"][1] == pytest.approx(np.arange(group, 2 * group).mean() / 1000, abs=1e-4)
 
 
 def test_a_failed_component_has_a_line_below_the_table(capsys):

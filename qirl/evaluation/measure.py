@@ -19,9 +19,11 @@ from qirl.evaluation.artifacts import periodic_peak
 from qirl.evaluation.diversity import in_group_diversity
 from qirl.evaluation.statistics import interval, mean_and_error
 from qirl.rewards.protocol import Sample, Scores
+from qirl.rewards.remote import chunks
 from qirl.rewards.scorer import Scorer
 
 LEADING = ("digit", "instruction")  # the reward components that ask for the same as the judge; the gap is to them
+CALL = 32  # images that rewards score in one call: whole prompts, as many as fit and at least one
 APART = ("judge_accuracy", "diversity", "artifacts", "gap")  # beside the rewards
 
 
@@ -35,12 +37,11 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge, scori
     "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}},
     "by_prompt": {"id", "task", and each number: [P] means over a prompt's images, None where it does not apply}}
     gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
-    A component that is called like a number of ours has " (reward)" behind its name. A prompt's images are one call of
-    the rewards, as patient as `scoring` says.
+    A component that is called like a number of ours has " (reward)" behind its name. scoring: how patiently rewards are
+    asked.
     """
-    groups = [samples_of(prompt, images[place], place) for place, prompt in enumerate(prompts)]
-    samples = [sample for own in groups for sample in own]
-    scores = _scores(groups, rewards, scoring)
+    samples = [sample for place, prompt in enumerate(prompts) for sample in samples_of(prompt, images[place], place)]
+    scores = _scores(samples, images.shape[1], rewards, scoring)
     values = _values(images, samples, scores, judge)
     clusters = np.array([p.id for p in prompts])
     result: dict = {"rewards": {}, "rewards_se": {}}
@@ -75,10 +76,10 @@ def judge_score(judge) -> Callable[[Sequence[Sample]], np.ndarray]:
     return getattr(judge, "score", judge.correct)
 
 
-def _scores(groups: Sequence[Sequence[Sample]], rewards, scoring: Scoring | None) -> list[Scores]:
+def _scores(samples: Sequence[Sample], group: int, rewards, scoring: Scoring | None) -> list[Scores]:
     """Per sample its components, " (reward)" behind the name of one that a number of ours has, too."""
     with Scorer(rewards, scoring) as scorer:
-        for own in groups:
+        for own in chunks(samples, group * max(1, CALL // group)):
             scorer.submit(own)
         rows, _ = scorer.collect()
     return [{f"{name} (reward)" if name in APART else name: value for name, value in row.items()} for row in rows]
