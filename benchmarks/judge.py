@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/judge"))
     parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--rl-steps", type=int, default=25)
+    parser.add_argument("--rl-steps", type=int, default=75)
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
