@@ -50,7 +50,6 @@ def register(op: str, fake: Callable, backward: Callable | None = None, keep: Ca
             torch.library.register_autograd(f"qirl::{op}", backward, setup_context=keep)
 
 
-@functools.cache
 def op_of(name: str) -> Callable:
     """csrc's op, without the search for an overload at every call."""
     return getattr(torch.ops.qirl, name).default

@@ -163,7 +163,8 @@ def test_at_most_that_many_workers_run_at_the_same_time(tmp_path):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background ignores it
 sys.path[:0] = [{benchmarks!r}, {tests!r}]
 from pathlib import Path
 from test_claims import run, shell
