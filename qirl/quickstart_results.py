@@ -27,9 +27,9 @@ def evaluate_stages(recipes: Mapping[str, Section], quiet: bool) -> dict:
 
     scales = {"base": 1.0, **made_for(recipes)}
     alone = config_of(at_scales(recipes["arena"], recipes["arena"].evaluation.guidance, scales), "base")
-    scanned = known_results(alone) or evaluate(alone, quiet)
+    scanned = known_results(alone) or evaluate(alone, quiet=quiet)
     scales["base"] = float(best_of(scanned))
-    found = compare(at_scales(recipes["arena"], (1.0,), scales), quiet)
+    found = compare(at_scales(recipes["arena"], (1.0,), scales), quiet=quiet)
     stages = {}
     for name, own in found["models"].items():
         own = {scale: row for scale, row in sorted({**scanned, **own}.items(), key=_scale)} if name == "base" else own
