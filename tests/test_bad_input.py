@@ -154,7 +154,7 @@ def test_yaml_of_the_wrong_type(tmp_path, text, words):
         ("\n \n", "holds no prompt; write one a line"),
         ("a red 7\na red cat\n", "the word 'cat' is unknown"),
         ("in red", "has no digit"),
-        (None, "does not exist; name a .txt or .jsonl file"),
+        (None, "does not exist; check the path"),
     ],
 )
 def test_prompt_files(commands, tmp_path, command, text, words):

@@ -89,7 +89,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
 
 
 def test_a_missing_or_empty_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="judge file .*none.jsonl does not exist"):
         read_judgements(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no judgement"):

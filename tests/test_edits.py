@@ -229,9 +229,9 @@ def test_a_file_of_edits_brings_its_sources(folder):
 @pytest.mark.parametrize(
     "task, row, message",
     [
-        ("edit", {"text": "make it red", "sources": ["none.png"]}, "none.png does not exist"),
+        ("edit", {"text": "make it red", "sources": ["none.png"]}, "none.png cannot be read"),
         ("edit", {"text": "make it red", "sources": ["art"]}, "cannot be read"),
-        ("edit", {"text": "make it red", "sources": ["broken.png"]}, "broken.png cannot be read"),
+        ("edit", {"text": "make it red", "sources": ["broken.png"]}, "broken.png is no image of format PNG"),
         ("edit", {"text": "make it red", "sources": ["large.png"]}, "24 x 20 pixels.*16 x 16"),
         ("edit", {"text": "make it red", "sources": "art/0.png"}, "must be a list"),
         ("edit", {"text": "make it red", "sources": ["art/0.png"] * 2}, "needs 1 source image, not 2"),

@@ -279,8 +279,8 @@ GOOD = {"images": ["a.png"], "rubric": "alignment", "prompt": "a cat", "score": 
 @pytest.mark.parametrize(
     "line,message",
     [
-        ("{", "r.jsonl:2 is no JSON"),
-        ("[1]", "is no object"),
+        ("{", "r.jsonl:2: not JSON"),
+        ("[1]", "not an object"),
         (GOOD | {"score": 6}, "score=6 must be a number from 1 to 5"),
         (GOOD | {"score": True}, "score=True"),
         (GOOD | {"spread": -1}, "spread=-1"),

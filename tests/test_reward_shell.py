@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qirl.data.images import content_hash, decode, encode, read_image
 from qirl.errors import UserError
 from qirl.rewards.attacks import ATTACKS
-from qirl.rewards.images import content_hash, decode, encode, read_image
 from qirl.rewards.protocol import Sample
 from qirl.rewards.shell import beaten, read_samples
 
@@ -205,8 +205,9 @@ def test_a_bad_folder_is_one_line_and_exit_code_two(folder, change, message):
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("line,message", [("{", "in.jsonl:1 is no JSON"), ('{"prompt": "x"}', "there must be an image"),
-                                          ('{"image": "0.png", "promt": "x"}', "'promt' is no field")])  # fmt: skip
+@pytest.mark.parametrize("line,message", [("{", "in.jsonl:1: not JSON"), ('{"prompt": "x"}', "there must be an image"),
+                                          ('{"image": "0.png", "promt": "x"}', "'promt' is no field"),
+                                          ('{"image": "0.png", "sources": [3]}', "must list paths")])  # fmt: skip
 def test_bad_records_are_told_with_their_line(folder, line, message):
     (folder / "in.jsonl").write_text(line)
     with pytest.raises(UserError, match=message):

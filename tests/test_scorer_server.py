@@ -23,10 +23,10 @@ from tiny_runs import train_config
 
 from qirl.config import load
 from qirl.config_sections import Serve
+from qirl.data.images import encode
 from qirl.errors import UserError
 from qirl.policy import trainer as training
 from qirl.rewards.client import ServerReward
-from qirl.rewards.images import encode
 from qirl.rewards.options import ServerOptions
 from qirl.rewards.protocol import Sample
 from qirl.rewards.server.app import make_app

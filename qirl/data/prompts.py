@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from qirl.data.images import read_image
+from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 
+EXAMPLE = '{"text": "a red 7"}'
 FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 
 
@@ -43,28 +45,18 @@ def load_prompts(path: str | Path, check: Callable[[Prompt], None] | None = None
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: a prompt file ends in .txt (one a line) or .jsonl (one object a line); rename it")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"prompt file {path} does not exist; name a .txt or .jsonl file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read ({error}); it must be UTF-8 text") from None
     prompts: list[Prompt] = []
     seen: dict[int, int] = {}
-    for number, line in enumerate(lines, start=1):
-        line = line.strip()
-        if not line:
-            continue
+    for number, line in read_lines(path, "prompt file"):
         place = len(prompts)
-        try:
+        with told_at(path, number):
             prompt = Prompt(place, line) if path.suffix == ".txt" else _from_json(line, place, path.parent)
             if check:
                 check(prompt)
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        if prompt.id in seen:
-            raise UserError(f"{path}:{number}: id {prompt.id} is taken by line {seen[prompt.id]}; "
-                            "give every prompt its own id, or none at all")  # fmt: skip
+            if prompt.id in seen:
+                raise UserError(
+                    f"id {prompt.id} is taken by line {seen[prompt.id]}; give every prompt its own id, or none at all"
+                )
         seen[prompt.id] = number
         prompts.append(prompt)
     if not prompts:
@@ -73,12 +65,9 @@ def load_prompts(path: str | Path, check: Callable[[Prompt], None] | None = None
 
 
 def _from_json(line: str, place: int, folder: Path) -> Prompt:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f'not JSON ({error}); write one object a line, such as {{"text": "a red 7"}}') from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise UserError('no "text"; write one object a line, such as {"text": "a red 7"}')
+    row = parse_object(line, EXAMPLE)
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise UserError(f'no "text"; write one object a line, such as {EXAMPLE}')
     unknown = sorted(set(row) - {"text", "category", "id", "sources"})
     if unknown:
         raise UserError(f"unknown key '{unknown[0]}'; known: category, id, sources, text")
@@ -90,17 +79,4 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
         raise UserError(f'"id" is {number!r}; it must be an integer from 0 to {2**32 - 1}')
     if not isinstance(category, str) or not category:
         raise UserError(f'"category" is {category!r}; it must be a word')
-    return Prompt(number, row["text"].strip(), category, tuple(_picture(folder / path) for path in paths))
-
-
-def _picture(path: Path) -> np.ndarray:
-    """A source image: uint8 [H, W, 3]; transparency is dropped."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"source image {path} does not exist; give a path relative to the prompt file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"source image {path} cannot be read ({error}); give a PNG, JPEG or WebP file") from None
+    return Prompt(number, row["text"].strip(), category, tuple(read_image(folder / path) for path in paths))

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 from qirl.evaluation.statistics import interval
 from qirl.run.folder import write_bytes
 
+EXAMPLE = '{"image": "0007", "L1": "quality", "L2": "texture", "L3": "skin", "score": 2}'
 POINTS = {0: 0.0, 1: 60.0, 2: 100.0}
 NOT_APPLICABLE = "N/A"
 
@@ -97,21 +99,13 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     Raises UserError for a file that cannot be read or holds nothing, and, with its line number, for a line that is no
     JSON object, lacks or adds a key, has another score, or repeats a criterion of an image.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"judge file {path} cannot be read ({error}); it must be UTF-8 text") from None
     found: dict[tuple[str, ...], int] = {}
     judgements = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
+    for number, line in read_lines(path, "judge file"):
+        with told_at(path, number):
             one = _checked(_parsed(line))
-        except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        if one[:4] in found:
-            raise UserError(f"{path}:{number}: {_place(one)} was judged on line {found[one[:4]]}; keep one of the two")
+            if one[:4] in found:
+                raise UserError(f"{_place(one)} was judged on line {found[one[:4]]}; keep one of the two")
         found[one[:4]] = number
         judgements.append(one)
     if not judgements:
@@ -120,12 +114,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
 
 
 def _parsed(line: str) -> Judgement:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not JSON ({error}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"a {type(row).__name__}, not an object; write the keys {', '.join(Judgement._fields)}")
+    row = parse_object(line, EXAMPLE)
     for name in [*Judgement._fields, *row]:
         if (name in row) != (name in Judgement._fields):
             state = "unknown" if name in row else "missing"

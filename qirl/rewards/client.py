@@ -9,8 +9,8 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
+from qirl.data.images import content_hash
 from qirl.errors import UserError
-from qirl.rewards.images import content_hash
 from qirl.rewards.options import ServerOptions
 from qirl.rewards.protocol import Sample, Scores
 from qirl.rewards.remote import Replicas, ServerError, chunks, get

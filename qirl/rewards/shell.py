@@ -12,9 +12,10 @@ import numpy as np
 
 from qirl.config import ServeConfig
 from qirl.config_sections import Scoring
+from qirl.data.images import read_image
+from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 from qirl.rewards.attacks import ATTACKS
-from qirl.rewards.images import read_image
 from qirl.rewards.protocol import Sample, Scores
 from qirl.rewards.registry import build
 from qirl.rewards.scorer import score as score_with
@@ -35,8 +36,7 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[str]]:
         given = [{"image": p.name, "prompt": _text(p.with_suffix(".txt"))} for p in images]
         root = path
     elif path.suffix == ".jsonl" and path.is_file():
-        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-        given, root = [_line(path, n, line) for n, line in lines], path.parent
+        given, root = [_line(path, *numbered) for numbered in read_lines(path, "sample file")], path.parent
     else:
         raise UserError(f"{path} is no folder and no .jsonl file; give images one way or the other")
     if not given:
@@ -56,18 +56,18 @@ def _text(path: Path) -> str:
 
 
 def _line(path: Path, number: int, line: str) -> dict:
-    try:
-        own = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{number} is no JSON: {error}") from None
     kinds = {"image": str, "prompt": str, "category": str, "sources": list, "metadata": dict}
-    if not isinstance(own, dict) or "image" not in own:
-        raise UserError(f"{path}:{number}: there must be an image")
-    for name, value in own.items():
-        if name not in kinds:
-            raise UserError(f"{path}:{number}: '{name}' is no field; there are {', '.join(kinds)}")
-        if not isinstance(value, kinds[name]):
-            raise UserError(f"{path}:{number}: {name}={value!r} must be of type {kinds[name].__name__}")
+    with told_at(path, number):
+        own = parse_object(line, '{"image": "out.png", "prompt": "a red 7"}')
+        if "image" not in own:
+            raise UserError("there must be an image")
+        for name, value in own.items():
+            if name not in kinds:
+                raise UserError(f"'{name}' is no field; there are {', '.join(kinds)}")
+            if not isinstance(value, kinds[name]):
+                raise UserError(f"{name}={value!r} must be of type {kinds[name].__name__}")
+        if not all(isinstance(source, str) for source in own.get("sources", ())):
+            raise UserError(f"sources={own['sources']!r} must list paths")
     return own
 
 

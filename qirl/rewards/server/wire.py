@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from qirl.data.images import decode, encode
 from qirl.errors import UserError
-from qirl.rewards.images import decode, encode
 from qirl.rewards.protocol import Sample, Scores
 from qirl.rewards.remote import ServerError
 

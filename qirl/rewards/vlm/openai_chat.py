@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qirl.data.images import encode
 from qirl.errors import UserError
-from qirl.rewards.images import encode
 from qirl.rewards.remote import Replicas, ServerError, get
 from qirl.rewards.vlm.options import JudgeOptions
 from qirl.rewards.vlm.reading import DIGITS, Written

@@ -10,7 +10,6 @@ spread (the raters' standard deviation) and split ("train" or "validation", defa
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qirl.data.images import read_image
+from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
-from qirl.rewards.images import read_image
 
+EXAMPLE = '{"images": ["out.png"], "rubric": "alignment", "prompt": "a red 7", "score": 4}'
 SPLITS = ("train", "validation")
 SHOWN = 3  # bad lines that a message names
 
@@ -52,18 +53,14 @@ def load_records(path: str | Path, most_missing: float = 0.0) -> tuple[list[Reco
     than the share `most_missing` lacks images.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the records {path} cannot be read ({error}); name a .jsonl file") from None
     records, missing = [], []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            record = _record(path, number, line)
-            if lost := [image for image in record.images if not image.is_file()]:
-                missing.append(f"{path}:{number}: {lost[0]} does not exist")
-            else:
-                records.append(record)
+    for number, line in read_lines(path, "record file"):
+        with told_at(path, number):
+            record = _record(line, path.parent)
+        if lost := [image for image in record.images if not image.is_file()]:
+            missing.append(f"{path}:{number}: {lost[0]} does not exist")
+        else:
+            records.append(record)
     total = len(records) + len(missing)
     if not records:
         raise UserError(f"{path} has no record to learn from" + (f" ({missing[0]})" if missing else ""))
@@ -75,17 +72,11 @@ def load_records(path: str | Path, most_missing: float = 0.0) -> tuple[list[Reco
     return records, missing
 
 
-def _record(path: Path, number: int, line: str) -> Record:
-    where = f"{path}:{number}"
-    try:
-        given = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{where} is no object; a record looks like {{'images': [...], 'rubric': ..., 'score': 4}}")
+def _record(line: str, folder: Path) -> Record:
+    given = parse_object(line, EXAMPLE)
     known = {"images", "rubric", "prompt", "instruction", "score", "reasoning", "spread", "split"}
     if unknown := sorted(given.keys() - known):
-        raise UserError(f"{where}: '{unknown[0]}' is no field of a record; there are {', '.join(sorted(known))}")
+        raise UserError(f"'{unknown[0]}' is no field of a record; there are {', '.join(sorted(known))}")
     request, images = given.get("prompt", given.get("instruction")), given.get("images")
     score, spread, split = given.get("score"), given.get("spread"), given.get("split", "train")
     for good, message in (
@@ -98,8 +89,8 @@ def _record(path: Path, number: int, line: str) -> Record:
         (split in SPLITS, f"split={split} must be one of {', '.join(SPLITS)}"),
     ):
         if not good:
-            raise UserError(f"{where}: {message}")
-    paths = tuple(path.parent / image for image in images)
+            raise UserError(message)
+    paths = tuple(folder / image for image in images)
     return Record(paths, given["rubric"], request, float(score), given.get("reasoning", ""), spread, split)
 
 
