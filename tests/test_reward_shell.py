@@ -84,6 +84,24 @@ def test_what_cannot_be_taken_is_told(data, message):
         decode(data, "picture 3")
 
 
+def test_webp_travels_without_loss_alone(tmp_path):
+    image = Image.fromarray(RAMP)
+    clear = Image.fromarray(np.dstack([RAMP, np.full(RAMP.shape[:2], 200, np.uint8)]))
+    lossy = (
+        saved(image, "WEBP"),
+        saved(clear, "WEBP"),
+        saved(image, "WEBP", lossless=True, save_all=True, append_images=[clear]),
+    )
+    for data in lossy:
+        with pytest.raises(UserError, match="picture 3 is WebP with loss, or animated"):
+            decode(data, "picture 3")
+        (tmp_path / "x.webp").write_bytes(data)
+        assert read_image(tmp_path / "x.webp").shape == RAMP.shape
+    turned = image.getexif()
+    turned[0x0112] = 3
+    assert np.array_equal(decode(saved(image, "WEBP", lossless=True, exif=turned), "x"), RAMP[::-1, ::-1])
+
+
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match="no.png cannot be read"):
         read_image(tmp_path / "no.png")

@@ -14,17 +14,21 @@ import numpy as np
 from qirl.errors import UserError
 
 PIXELS = 2**26  # of one image at most: 8192 x 8192
-TRANSPORT = ("PNG", "WEBP")  # formats that can be lossless
+TRANSPORT = ("PNG", "WEBP")  # WebP without loss: see _lossy
 FILES = ("PNG", "WEBP", "JPEG", "TIFF", "BMP", "GIF")
 
 
-def decode(data: bytes, what: str, pixels: int = PIXELS, formats: tuple[str, ...] = TRANSPORT) -> np.ndarray:
+def decode(data: bytes, what: str, pixels: int = PIXELS, lossless: bool = True) -> np.ndarray:
     """An encoded image as uint8 [H, W, 3]: turned as its EXIF says, transparent places on white, 16 bits scaled to 8.
 
-    what: its name in errors. Raises UserError for what is no image, not of `formats`, of more pixels, or truncated.
+    what: its name in errors. lossless: PNG and lossless WebP alone, as images travel; else any of FILES. Raises UserError
+    for what is no such image, has more pixels, or is truncated.
     """
     from PIL import Image, UnidentifiedImageError
 
+    formats = TRANSPORT if lossless else FILES
+    if lossless and _lossy(data):
+        raise UserError(f"{what} is WebP with loss, or animated; send PNG or lossless WebP")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
@@ -50,7 +54,18 @@ def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    return decode(data, str(path), pixels, FILES)
+    return decode(data, str(path), pixels, lossless=False)
+
+
+def _lossy(data: bytes) -> bool:
+    """Whether this is WebP with a lossy frame, or animated. RIFF: 12 bytes, then chunks of name, size and padded content."""
+    place = 12
+    while data[8:12] == b"WEBP" and place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"ANMF"):
+            return True
+        place += 8 + size + size % 2
+    return False
 
 
 def _rgb(image) -> np.ndarray:
