@@ -298,7 +298,7 @@ class Judge(Section):
     path: str | None = option(None, "Qwen2.5-VL or Qwen3-VL model folder to start from")
     records: str | None = option(None, ".jsonl file of rated images: images, rubric, prompt or instruction, score, ...")
     max_missing: float = option(
-        0.0, "largest share of records whose images are missing; those are left out", ge=0, le=1
+        0.0, "largest share of records whose images are missing or none; those are left out", ge=0, le=1
     )
     omit: tuple[str, ...] = option((), "optional lines of the rubrics to leave out, such as attractiveness")
     loss: Literal["pointwise", "soft", "pairwise"] = option(

@@ -299,14 +299,23 @@ def test_bad_records_are_told_with_their_line(tmp_path, line, message):
 def test_missing_images_within_the_share_are_left_out_and_listed(tmp_path):
     path = write_records(tmp_path / "d", GOOD, GOOD | {"images": ["b.png"]}, GOOD)
     kept, missing = load_records(path, 0.4)
-    assert len(kept) == 2 and missing == [f"{path}:2: {tmp_path / 'd/b.png'} does not exist"]
+    assert len(kept) == 2 and missing == [f"{path}:2: {tmp_path / 'd/b.png'} does not exist; check the path"]
 
 
 def test_an_unreadable_image_is_named(tmp_path):
     path = write_records(tmp_path / "d", GOOD)
-    (tmp_path / "d/a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="a.png is no image of format"):
+    whole = (tmp_path / "d/a.png").read_bytes()
+    (tmp_path / "d/a.png").write_bytes(whole[:45])
+    with pytest.raises(UserError, match="a.png is truncated or damaged"):  # seen where its pixels are decoded
         load_records(path)[0][0].load()
+    for none in (b"no image", b"", whole[:20]):
+        (tmp_path / "d/a.png").write_bytes(none)
+        with pytest.raises(UserError, match="a.png is (no image of format|truncated)"):
+            load_records(path)
+    (tmp_path / "d/a.png").unlink()
+    (tmp_path / "d/a.png").mkdir()
+    with pytest.raises(UserError, match="a.png is truncated or damaged .*Is a directory"):
+        load_records(path)
 
 
 def test_another_family_is_refused(tmp_path, tiny_model):

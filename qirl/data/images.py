@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,28 +26,43 @@ def decode(data: bytes, what: str, pixels: int = PIXELS, lossless: bool = True) 
     what: its name in errors. lossless: PNG and lossless WebP alone, as images travel; else any of FILES. Raises UserError
     for what is no such image, has more pixels, or is truncated.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    formats = TRANSPORT if lossless else FILES
     if lossless and _lossy(data):
         raise UserError(f"{what} is WebP with loss, or animated; send PNG or lossless WebP")
+    with _opened(io.BytesIO(data), what, pixels, TRANSPORT if lossless else FILES) as image:
+        image.load()
+        return _rgb(image)
+
+
+@contextlib.contextmanager
+def _opened(source, what: str, pixels: int, formats: tuple[str, ...]) -> Iterator:
+    """PIL's image of a path or a stream, with no pixel decoded. What goes wrong in the block is told, too."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            image = Image.open(io.BytesIO(data), formats=formats)
+            opened = Image.open(source, formats=formats)
+        with opened as image:
             width, height = image.size
             if width * height > pixels:
                 raise UserError(
                     f"{what} has {width} x {height} pixels, more than the {pixels} that are allowed; scale it down"
                 )
-            image.load()
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"{what} does not exist; check the path") from None
     except UnidentifiedImageError:
         raise UserError(f"{what} is no image of format {', '.join(formats)}; convert it") from None
     except Image.DecompressionBombError:
         raise UserError(f"{what} has far more pixels than the {pixels} that are allowed; scale it down") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise UserError(f"{what} is truncated or damaged ({error}); write it again") from None
-    return _rgb(image)
+
+
+def check_image(path: str | Path, pixels: int = PIXELS) -> None:
+    """Raises UserError for a file that `read_image` would refuse, as far as its first bytes tell; decodes no pixel."""
+    with _opened(path, str(path), pixels, FILES):
+        pass
 
 
 def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:

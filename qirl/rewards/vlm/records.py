@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qirl.data.images import read_image
+from qirl.data.images import check_image, read_image
 from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 
@@ -47,7 +47,7 @@ class Record:
 
 
 def load_records(path: str | Path, most_missing: float = 0.0) -> tuple[list[Record], list[str]]:
-    """(the records that can be used, a line for each that cannot: its images are missing).
+    """(the records that can be used, a line for each that cannot: an image is missing, or is none by its first bytes).
 
     Raises UserError for a file that is missing or empty, for a line that is no record (with its number), and where more
     than the share `most_missing` lacks images.
@@ -57,10 +57,12 @@ def load_records(path: str | Path, most_missing: float = 0.0) -> tuple[list[Reco
     for number, line in read_lines(path, "record file"):
         with told_at(path, number):
             record = _record(line, path.parent)
-        if lost := [image for image in record.images if not image.is_file()]:
-            missing.append(f"{path}:{number}: {lost[0]} does not exist")
-        else:
+        try:
+            for image in record.images:
+                check_image(image)
             records.append(record)
+        except UserError as error:
+            missing.append(f"{path}:{number}: {error}")
     total = len(records) + len(missing)
     if not records:
         raise UserError(f"{path} has no record to learn from" + (f" ({missing[0]})" if missing else ""))
