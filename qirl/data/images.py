@@ -20,17 +20,27 @@ TRANSPORT = ("PNG", "WEBP")  # WebP without loss: see _lossy
 FILES = ("PNG", "WEBP", "JPEG", "TIFF", "BMP", "GIF")
 
 
-def decode(data: bytes, what: str, pixels: int = PIXELS, lossless: bool = True) -> np.ndarray:
-    """An encoded image as uint8 [H, W, 3]: turned as its EXIF says, transparent places on white, 16 bits scaled to 8.
+def decode(data: bytes, what: str, pixels: int = PIXELS) -> np.ndarray:
+    """An image that travelled as uint8 [H, W, 3]: turned as EXIF says, transparent places on white, 16 bits scaled to 8.
 
-    what: its name in errors. lossless: PNG and lossless WebP alone, as images travel; else any of FILES. Raises UserError
-    for what is no such image, has more pixels, or is truncated.
+    what: its name in errors. Raises UserError for what is no PNG or lossless WebP, has more pixels, or is truncated.
     """
-    if lossless and _lossy(data):
+    if _lossy(data):
         raise UserError(f"{what} is WebP with loss, or animated; send PNG or lossless WebP")
-    with _opened(io.BytesIO(data), what, pixels, TRANSPORT if lossless else FILES) as image:
-        image.load()
+    with _opened(io.BytesIO(data), what, pixels, TRANSPORT) as image:
         return _rgb(image)
+
+
+def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3] of a file, as `decode` makes it, of any of FILES. Raises UserError for one that is not there, too."""
+    with _opened(path, str(path), pixels, FILES) as image:
+        return _rgb(image)
+
+
+def check_image(path: str | Path, pixels: int = PIXELS) -> None:
+    """Raises UserError for a file that `read_image` would refuse, as far as its first bytes tell; decodes no pixel."""
+    with _opened(path, str(path), pixels, FILES):
+        pass
 
 
 @contextlib.contextmanager
@@ -49,29 +59,14 @@ def _opened(source, what: str, pixels: int, formats: tuple[str, ...]) -> Iterato
                     f"{what} has {width} x {height} pixels, more than the {pixels} that are allowed; scale it down"
                 )
             yield image
-    except FileNotFoundError:
-        raise UserError(f"{what} does not exist; check the path") from None
     except UnidentifiedImageError:
         raise UserError(f"{what} is no image of format {', '.join(formats)}; convert it") from None
     except Image.DecompressionBombError:
         raise UserError(f"{what} has far more pixels than the {pixels} that are allowed; scale it down") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
+        if reason := getattr(error, "strerror", None):  # of the system, not of what the file holds
+            raise UserError(f"{what} cannot be read ({reason}); check the path") from None
         raise UserError(f"{what} is truncated or damaged ({error}); write it again") from None
-
-
-def check_image(path: str | Path, pixels: int = PIXELS) -> None:
-    """Raises UserError for a file that `read_image` would refuse, as far as its first bytes tell; decodes no pixel."""
-    with _opened(path, str(path), pixels, FILES):
-        pass
-
-
-def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3] of a file; see `decode`. Raises UserError for a file that is not there, too."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    return decode(data, str(path), pixels, lossless=False)
 
 
 def _lossy(data: bytes) -> bool:

@@ -58,11 +58,12 @@ def load_records(path: str | Path, most_missing: float = 0.0) -> tuple[list[Reco
         with told_at(path, number):
             record = _record(line, path.parent)
         try:
-            for image in record.images:
-                check_image(image)
+            with told_at(path, number):
+                for image in record.images:
+                    check_image(image)
             records.append(record)
         except UserError as error:
-            missing.append(f"{path}:{number}: {error}")
+            missing.append(str(error))
     total = len(records) + len(missing)
     if not records:
         raise UserError(f"{path} has no record to learn from" + (f" ({missing[0]})" if missing else ""))
