@@ -58,8 +58,8 @@ def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool
     """Results of config.model.path per guidance scale: {"1": {"judge_accuracy", "rewards", "gap", ...}} (see `measure`).
 
     rewards: callables of qirl.rewards.protocol; none: those of config.rewards, or else the world's own. Also written to
-    evaluation.json in config.run.out or, where that is not given, in the model's run folder. Raises UserError for a model that is missing or does not fit, and for guidance other than 1 with a model that has no
-    unconditional embedding.
+    evaluation.json in config.run.out or, where that is not given, in the model's run folder. Raises UserError for a model
+    that is missing or does not fit, and for guidance other than 1 with a model that has no unconditional embedding.
     """
     check(config)
     check_writable(out_folder(config))

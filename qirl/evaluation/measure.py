@@ -19,8 +19,7 @@ from qirl.evaluation.artifacts import periodic_peak
 from qirl.evaluation.diversity import in_group_diversity
 from qirl.evaluation.statistics import interval, mean_and_error
 from qirl.rewards.protocol import Sample, Scores
-from qirl.rewards.remote import chunks
-from qirl.rewards.scorer import Scorer
+from qirl.rewards.scorer import score
 
 LEADING = ("digit", "instruction")  # the reward components that ask for the same as the judge; the gap is to them
 CALL = 32  # images that rewards score in one call: whole prompts, as many as fit and at least one
@@ -78,10 +77,7 @@ def judge_score(judge) -> Callable[[Sequence[Sample]], np.ndarray]:
 
 def _scores(samples: Sequence[Sample], group: int, rewards, scoring: Scoring | None) -> list[Scores]:
     """Per sample its components, " (reward)" behind the name of one that a number of ours has, too."""
-    with Scorer(rewards, scoring) as scorer:
-        for own in chunks(samples, group * max(1, CALL // group)):
-            scorer.submit(own)
-        rows, _ = scorer.collect()
+    rows = score(rewards, samples, scoring, group * max(1, CALL // group))
     return [{f"{name} (reward)" if name in APART else name: value for name, value in row.items()} for row in rows]
 
 

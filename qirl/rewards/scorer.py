@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from qirl.config_sections import Scoring
 from qirl.errors import UserError
 from qirl.rewards.protocol import Reward, Sample, Scores, check, is_async, merge, name_of
+from qirl.rewards.remote import chunks
 
 
 @dataclass
@@ -159,10 +160,13 @@ class Scorer:
         return merge(self.rewards, filled, len(job.samples))
 
 
-def score(rewards: Sequence[Reward], samples: Sequence[Sample], options: Scoring | None = None) -> list[Scores]:
-    """The scores of all samples at once, as `Scorer` gives them."""
+def score(
+    rewards: Sequence[Reward], samples: Sequence[Sample], options: Scoring | None = None, size: int | None = None
+) -> list[Scores]:
+    """The scores of all samples, as `Scorer` gives them, `size` of them a call; None: all at once."""
     with Scorer(rewards, options) as scorer:
-        scorer.submit(samples)
+        for part in chunks(samples, size) if size else [samples]:
+            scorer.submit(part)
         return scorer.collect()[0]
 
 
