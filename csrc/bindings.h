@@ -34,7 +34,8 @@ template <class Unit>
 void on_cpu(int64_t count, int64_t grain, const char* message, Unit unit) {
   std::atomic<bool> ok{true};
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const Unit own = unit;  // a copy that nothing else can write: only then are the elements of a token vectorised
+    // A copy that nothing else can write, of a unit that holds its call by value: only then are elements vectorised.
+    const Unit own = unit;
     bool all = true;
     for (int64_t i = begin; i < end; ++i) all &= own(i);
     if (!all) ok = false;
