@@ -86,7 +86,7 @@ def _velocity_match(tokens: int, model: Model, device: str) -> Work:
 
 
 def _group_advantage(tokens: int, model: Model, device: str) -> Work:
-    """`tokens` samples of three rewards; the reference finds the number of groups on the host, ours does not."""
+    """`tokens` samples of three rewards."""
     scores, weights = (torch.rand(tokens, 3, device=device, dtype=torch.float64) for _ in range(2))
     applies, group = torch.ones_like(scores, dtype=torch.bool), torch.arange(tokens, device=device) // GROUP
     floors, scale = scores.new_full((3,), 0.005), scores.new_ones(tokens)

@@ -46,7 +46,8 @@ def _z(values, mask, group, groups, floor, std_mask=None):
 
 
 def reference(scores, applies, group, weights, floors, floor, clip, convention, scale):
-    groups = int(group.max()) + 1 if len(group) else 0
+    # groups by the place of their first sample in sorted order: below N, which the host knows
+    group, groups = torch.searchsorted(group.sort().values, group), len(group)
     failed = (applies & scores.isnan()).any(1)
     # a component that failed wherever it applied in a group takes the whole group with it
     alive = applies & ~failed[:, None]
@@ -74,7 +75,7 @@ def reference(scores, applies, group, weights, floors, floor, clip, convention, 
             advantage = (total - _group_mean(total, one, group, groups)[0])[:, 0]
         else:
             over_all = one if convention == "global_std" else None
-            advantage = _z(total, one, group, groups, torch.full((1,), floor).double(), over_all)[:, 0]
+            advantage = _z(total, one, group, groups, total.new_full((1,), floor), over_all)[:, 0]
     return torch.where(valid, (scale * advantage).clamp(-clip, clip), 0).float(), valid
 
 
@@ -206,7 +207,7 @@ def group_advantage(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages float32 [N], clipped to +-clip and 0 where dropped, and valid bool [N].
 
-    scores [N, K] in [0, 1], NaN where scoring failed; applies bool [N, K]; group int64 [N] in 0 .. groups-1 (by prompt
+    scores [N, K] in [0, 1], NaN where scoring failed; applies bool [N, K]; group int64 [N], any ids (by prompt
     id, not text); weights [N, K] >= 0 by the sample's category; noise [K], read noise of each component; scale [N], a factor
     on each sample's advantage before it is clipped (1 where not given).
     Raises ValueError for an unknown convention, floating-point groups (ids beyond 2^24 would merge) or misfit shapes.

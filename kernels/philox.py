@@ -39,6 +39,9 @@ class Stream:
         """The stream of the samples `index` (int64 [r])."""
         return Stream(self.seed, self.prompt[index], self.sample[index])
 
+    def to(self, device: torch.device) -> Stream:
+        return Stream(self.seed, self.prompt.to(device), self.sample.to(device))
+
 
 def stream(seed: int, prompt: list[int], sample: list[int], iteration: int, device="cpu") -> Stream:
     """Checks the ranges of section 1b once, on the host, and moves the counters to `device`.

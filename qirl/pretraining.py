@@ -89,7 +89,7 @@ def micro_step(engine: Engine, world: DigitsWorld, conditions, draws, members, x
     targets = [Target(i, world.height, world.width) for i in range(len(own))]
     body = pack([conditions[i] for i in own], targets, device=device)
     row, token = body.target_row, body.token_in_target
-    noise = normal(draws, row.cpu(), token.cpu(), world.channels, 0, LOSS).to(device)
+    noise = normal(draws.to(device), row, token, world.channels, 0, LOSS)
     clean = x0[members].flatten(0, 1).to(device)
     times = t[members].float().to(device)
     along = times[row, None]

@@ -314,8 +314,8 @@ def scores_of(samples, components, groups, device, seed=0, failing=0.1):
     uniform = lambda *size: torch.rand(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     scores, applies = uniform(samples, components), uniform(samples, components) < 0.9
     scores[uniform(samples, components) < failing] = NAN
-    group = (uniform(samples) * groups).long()
-    constant = group == 0
+    group = (uniform(samples) * groups).long() * 2**40 + 7  # ids lie anywhere
+    constant = group == 7
     scores[constant] = 0.5  # a group without signal
     tensors = scores, applies, group, uniform(samples, components), 0.2 * uniform(components)
     return [x.to(device) for x in tensors], 2 * uniform(samples).to(device)
