@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import os
 import random
+import resource
+import signal
 import time
 from pathlib import Path
 
@@ -144,6 +146,19 @@ def test_an_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
         checkpoint.save(tmp_path / "file", 1, state())
+
+
+def test_what_keeps_a_checkpoint_from_being_written_is_told_in_a_line(tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"free disk space .*\(.*File too large.*\)$") as told:
+            checkpoint.save(tmp_path, 1, {"large": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "Traceback" not in str(told.value)
 
 
 def build(seed):

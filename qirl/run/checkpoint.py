@@ -257,6 +257,15 @@ def _exchange(value: Any) -> list[Any]:
     return values
 
 
+def _reason(error: BaseException) -> str:
+    """What began it, in a line: a full disk, where torch tells that its archive is not whole."""
+    if isinstance(error, CheckpointException):
+        error = next(cause for cause, _ in error.failures.values())
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join((str(error) or repr(error)).split())[:300]
+
+
 def _together(action: Callable[[], Any], fix: str) -> list[Any]:
     """Runs `action` on every rank; if it fails on one, every rank raises the same error. A barrier too."""
     result, problem = None, None
@@ -265,7 +274,7 @@ def _together(action: Callable[[], Any], fix: str) -> list[Any]:
     except UserError as error:
         problem = str(error)
     except (OSError, CheckpointException) as error:
-        problem = f"{fix} ({' '.join(str(error).split())[:300]})"
+        problem = f"{fix} ({_reason(error)})"
     found = _exchange((result, problem))
     for _, problem in found:
         if problem:
