@@ -10,7 +10,7 @@ of 128, 1.x 3072 wide with 24, at 1,024 to 16,384 tokens. ms_*: 20, 50 and 80 pe
 replays of a CUDA graph of one call, the cache flushed before each. GB/s counts the bytes that an op must move, as its
 file says; `of_copy` is their share of the bandwidth of a copy of 1 GiB on the same machine. `host_us` is what one call
 outside a graph costs the host. An op whose tests fail is not reported, nor is a baseline that is not installed or
-computes something else: the notes say so.
+computes something else: the notes say so. Rows are written as they come.
 
 OUT (benchmarks/results/kernels_GPU.json) holds the rows and the machine they were measured on; a table (.md) and a
 picture (.png) go beside it. (This file is not called kernels.py: diffusers and transformers import a package of that
@@ -22,12 +22,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import kernel_checks
 import kernel_glue
 import kernel_sampler
 import torch
@@ -40,13 +41,6 @@ from qirl.run.machine import machine
 HERE = Path(__file__).resolve().parent
 OPS: dict[str, Op] = {**kernel_sampler.OPS, **kernel_glue.OPS}
 SAME = 0.01  # |theirs - reference| / |reference|: three roundings to bfloat16 are 0.004
-
-
-def tests_are_green(op: str) -> bool:
-    """Runs the op's own tests, compiled for this GPU."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QIRL_KERNELS")}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE.parent / OPS[op].tests), "-k", op]
-    return subprocess.run(command, cwd=HERE.parent, env=environment, stdout=sys.stderr).returncode == 0
 
 
 def baselines(work: Work) -> tuple[dict[str, Baseline], list[str]]:
@@ -132,7 +126,7 @@ def measure(op: str, tokens: int, model: Model, copy: float) -> tuple[list[dict]
     torch.compiler.reset()  # the shapes of each place are compiled for themselves
     work = OPS[op].build(tokens, model, "cuda")
     others, notes = baselines(work)
-    functions = {"qirl": work.run, "eager": work.reference, "compile": torch.compile(work.reference, dynamic=False)}
+    functions = {"qirl": work.run, "eager": work.reference, "compile": kernel_checks.compiled(work)}
     implementations = {name: Baseline(run, work.inputs) for name, run in functions.items()} | others
     rows = []
     for name, own in implementations.items():
@@ -143,6 +137,23 @@ def measure(op: str, tokens: int, model: Model, copy: float) -> tuple[list[dict]
             place = {"op": op, "pass": part, "tokens": tokens, "width": model.width, "implementation": name}
             rows.append(place | timed(make, moved, copy))
     return rows, [f"{op} at {tokens} x {model.width}: {note}" for note in notes]
+
+
+def measure_all(places: Sequence[tuple[str, int, Model]], measured: dict, out: Path) -> None:
+    """Adds to measured["rows"] and ["notes"], written to `out` after every place: what ran is kept whatever follows.
+
+    An op that cannot be run or compiled at a place does not stop the others; it goes to measured["not_reported"].
+    """
+    for op, tokens, model in places:
+        try:
+            rows, notes = measure(op, tokens, model, measured["copy_gb_per_s"])
+        except Exception as problem:
+            traceback.print_exc()
+            rows, notes = [], [f"{op} at {tokens} x {model.width} failed: {problem!r:.300}"]
+            measured["not_reported"].append(op)
+        measured["rows"] += rows
+        measured["notes"] += notes
+        write_json(out, measured)
 
 
 def on_cpu(ops: Sequence[str], repeats: int = 7) -> list[dict]:
@@ -195,32 +206,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("kernels: no CUDA device here; times of a CPU would say nothing about these ops", file=sys.stderr)
         return 2
+    return on_gpu(args.ops, args.quick, args.check, args.out)
+
+
+def on_gpu(ops: Sequence[str], quick: bool, check: bool, out: Path | None) -> int:
+    """The whole benchmark; returns the exit code."""
     import triton
 
-    red = [op for op in args.ops if not tests_are_green(op)]
-    copy, launch, rows, notes = copy_bandwidth(), launch_time(), [], []
-    for op in (op for op in args.ops if op not in red):
-        for model in OPS[op].models[: 1 if args.quick else None]:
-            for tokens in TOKENS[: 1 if args.quick else None]:
-                own, left_out = measure(op, tokens, model, copy)
-                rows += own
-                notes += left_out
-    goals = {name: op.goal for name, op in OPS.items()}
-    missed = verdict(rows, goals, copy, launch)
+    some = slice(1 if quick else None)
+    places = [(op, tokens, model) for op in ops for model in OPS[op].models[some] for tokens in TOKENS[some]]
+    with kernel_checks.compiling_ahead(places):  # while the tests run: the GPU is not timed yet
+        red = kernel_checks.red(ops, {name: op.tests for name, op in OPS.items()})
     facts = machine(triton=triton.__version__)
-    out = args.out or HERE / f"results/kernels_{facts['gpu'].replace(' ', '_')}.json"
-    measured = {"machine": facts, "copy_gb_per_s": copy, "launch_ms": launch, "rows": rows}
-    write_json(out, measured | {"not_reported": red, "notes": notes, "missed": missed})
+    out = out or HERE / f"results/kernels_{facts['gpu'].replace(' ', '_')}.json"
+    copy, launch, goals = copy_bandwidth(), launch_time(), {name: op.goal for name, op in OPS.items()}
+    measured = {
+        "machine": facts,
+        "copy_gb_per_s": copy,
+        "launch_ms": launch,
+        "rows": [],
+        "not_reported": red,
+        "notes": [],
+    }
+    measure_all([place for place in places if place[0] not in red], measured, out)
+    rows = measured["rows"]
+    measured["missed"] = verdict(rows, goals, copy, launch)
+    write_json(out, measured)
     shown = table(rows, goals, copy, launch)
     out.with_suffix(".md").write_text(shown + "\n")
     if rows:
         plot(rows, goals, f"{facts['gpu']}, copy {copy:.0f} GB/s", out.with_suffix(".png"))
     print(shown)
-    for line in [*notes, *(f"missed: {m}" for m in missed)]:
+    for line in [*measured["notes"], *(f"missed: {m}" for m in measured["missed"])]:
         print(line)
-    if red:
-        print(f"kernels: not reported, for their tests fail: {', '.join(red)}", file=sys.stderr)
-    return int(bool(red or (args.check and missed)))
+    if measured["not_reported"]:
+        names = ", ".join(dict.fromkeys(measured["not_reported"]))
+        print(f"kernels: not reported, for their tests or their own runs fail: {names}", file=sys.stderr)
+    return int(bool(measured["not_reported"] or (check and measured["missed"])))
 
 
 if __name__ == "__main__":

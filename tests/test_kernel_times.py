@@ -1,6 +1,9 @@
 """The registry of the kernel benchmark: what it times, the bytes it counts, and what it says of its numbers."""
 
+import contextlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_suite  # noqa: E402
+import kernel_checks  # noqa: E402
 import kernel_ops  # noqa: E402
 import kernel_report as report  # noqa: E402
 import kernel_times as benchmark  # noqa: E402
@@ -151,7 +155,8 @@ def test_check_fails_with_a_missed_goal_and_results_are_written(of_copy, check, 
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(benchmark, "machine", lambda **versions: {"gpu": "a GPU", **versions})
-    monkeypatch.setattr(benchmark, "tests_are_green", lambda op: True)
+    monkeypatch.setattr(kernel_checks, "red", lambda ops, tests: [])
+    monkeypatch.setattr(kernel_checks, "compiling_ahead", lambda places: contextlib.nullcontext())
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda: COPY)
     monkeypatch.setattr(benchmark, "launch_time", lambda: LAUNCH)
     rows = measured(0.01, of_copy=of_copy, eager=0.05, compile=0.01)
@@ -162,6 +167,56 @@ def test_check_fails_with_a_missed_goal_and_results_are_written(of_copy, check, 
     written = json.loads(out.read_text())
     assert written["rows"] == rows and written["notes"] == ["a note"] and len(written["missed"]) == (of_copy < 0.85)
     assert out.with_suffix(".png").exists() and out.with_suffix(".md").read_text() in capsys.readouterr().out
+
+
+def test_ops_whose_tests_fail_are_red(tmp_path):
+    sources = {
+        "good": "def test_one():\n    pass\ndef test_two():\n    pass",
+        "mixed": "def test_three():\n    pass\ndef test_four_is_wrong():\n    assert 0",
+        "shared": "def test_five():\n    pass\ndef test_six():\n    pass\ndef test_what_holds_for_all():\n    assert 0",
+        "broken": "import nothing_of_that_name",
+    }
+    ops = {"good": ("one", "two"), "mixed": ("three", "four"), "shared": ("five", "six"), "broken": ("seven",)}
+    tests = {op: str(tmp_path / f"test_{file}.py") for file, own in ops.items() for op in own}
+    for file, source in sources.items():
+        (tmp_path / f"test_{file}.py").write_text(source)
+    assert kernel_checks.red(list(tests), tests) == ["four", "five", "six", "seven"]
+    assert kernel_checks.red(["three", "five"], tests) == ["five"]
+
+
+AHEAD = """
+import kernel_checks, torch
+from kernel_ops import Model
+if __name__ == "__main__":
+    place, counters = ("swiglu", 8, Model("small", 64, 4)), torch._dynamo.utils.counters
+    with kernel_checks.compiling_ahead([place], "cpu"):
+        pass
+    kernel_checks._compile(*place, "cpu")
+    print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_what_is_compiled_ahead_is_found_again(tmp_path):
+    """Forward, and forward and backward for gradients, in a program as the benchmark is one."""
+    (tmp_path / "ahead.py").write_text(AHEAD)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, tmp_path / "ahead.py"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["3", "0"], done.stderr[-2000:]
+
+
+def test_an_op_that_fails_does_not_stop_the_others_and_rows_are_kept(tmp_path, monkeypatch):
+    def measure(op, *place):
+        if op == "bad":
+            raise RuntimeError("out of memory")
+        return [{"op": op}], []
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    measured = {"copy_gb_per_s": COPY, "rows": [], "not_reported": [], "notes": []}
+    places = [(op, 1024, SMALL[0]) for op in ("first", "bad", "last")]
+    benchmark.measure_all(places, measured, tmp_path / "kernels.json")
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert [row["op"] for row in written["rows"]] == ["first", "last"] and written["not_reported"] == ["bad"]
+    assert written["notes"] == ["bad at 1024 x 64 failed: RuntimeError('out of memory')"]
 
 
 def test_every_op_has_goals_and_tests_of_its_name():
