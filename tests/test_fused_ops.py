@@ -155,7 +155,7 @@ def test_flow_step(device, lengths, channels, guided, dtype):
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_log_probability_of_a_step_is_that_of_the_stored_states(device, mode, storage):
+def test_flow_step_gives_the_log_probability_of_the_stored_states(device, mode, storage):
     lengths = LENGTHS["odd"]
     row, step, noise = rows_of(lengths, device), steps(3, device, mode), noise_for(lengths, device)
     x, v = draws(2, len(row), 16, device)
@@ -165,7 +165,7 @@ def test_log_probability_of_a_step_is_that_of_the_stored_states(device, mode, st
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_of_ode_needs_no_noise_and_any_channels(device):
+def test_a_flow_step_of_ode_needs_no_noise_and_any_channels(device):
     row, step = rows_of((9,), device), steps(1, device, "ode")
     x, v = draws(2, 9, 7, device)
     assert torch.equal(flow_step(x, v, row, step)[0], x + v * (step.s - step.t))
@@ -253,7 +253,7 @@ def test_policy_ratio(device, lengths, mode, guard, dtype, states):
     close(gradient, wanted, dtype)
 
 
-def test_an_unmoved_policy_has_a_ratio_of_exactly_one_and_no_clipping(device):
+def test_policy_ratio_of_an_unmoved_policy_is_exactly_one_and_not_clipped(device):
     row, (v, _, _), (x, x_next), share = policy_inputs((63, 40), 16, device, torch.bfloat16)
     _, kl, ratio, clipped = policy_loss.policy_ratio(
         v, v, x, x_next, row, steps(2, device, "sde"), share, (63, 40), 1e-9, 1e-9
@@ -261,7 +261,7 @@ def test_an_unmoved_policy_has_a_ratio_of_exactly_one_and_no_clipping(device):
     assert (ratio == 1).all() and not clipped.any() and (kl == 0).all()
 
 
-def test_ratios_next_to_one_keep_their_digits(device):
+def test_policy_ratio_next_to_one_keeps_its_digits(device):
     """A step of 1e-4 in v: the difference of two float32 log-probabilities would have lost most of it."""
     row, (v, _, ref), (x, x_next), _ = policy_inputs((4097,), 16, device, torch.float32)
     v_old, step, one = v + 1e-4 * ref, steps(1, device, "sde"), torch.ones(1, device=device)
@@ -296,12 +296,12 @@ def test_velocity_match(device, lengths, channels, guided, dtype):
     close(gradient, wanted, dtype)
 
 
-def test_a_teacher_that_is_the_student_costs_nothing_bit_for_bit(device):
+def test_velocity_match_of_a_student_that_is_its_teacher_is_zero_bit_for_bit(device):
     v, other = draws(2, 70, 16, device, torch.bfloat16)
     assert (velocity_match(v, v, (60, 10), other, 1.0) == 0).all()
 
 
-def test_a_target_may_be_of_another_dtype_than_the_velocity(device):
+def test_velocity_match_takes_a_target_of_another_dtype(device):
     (v,), (target,) = draws(1, 9, 16, device, torch.bfloat16), draws(1, 9, 16, device, seed=5)
     close(velocity_match(v, target, (9,)), ((v.double() - target.double()) ** 2).mean()[None])
 
@@ -334,7 +334,7 @@ def test_group_advantage(device, samples, groups, convention, request):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_samples_have_no_advantages(device):
+def test_group_advantage_of_no_samples(device):
     (scores, applies, group, weights, noise), _ = scores_of(0, 3, 1, device)
     advantage, valid = group_advantage(scores, applies, group, weights, noise)
     assert advantage.shape == valid.shape == (0,)
@@ -360,7 +360,10 @@ def calls(device):
     }
 
 
-@pytest.mark.parametrize("op", ["flow_step", "nft", "policy_ratio", "velocity_match", "group_advantage"])
+OPS = ["flow_step", "nft", "policy_ratio", "velocity_match", "group_advantage"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_results_repeat_bit_for_bit_whatever_the_threads(device, op):
     call, threads = calls(device)[op], torch.get_num_threads()
     first = torch.utils._pytree.tree_leaves(call())
@@ -372,9 +375,9 @@ def test_results_repeat_bit_for_bit_whatever_the_threads(device, op):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def recorded(device, monkeypatch):
-    """The registered ops that the public calls reach, with the arguments they get."""
-    seen = {}
+def recorded(call, monkeypatch):
+    """The registered op that a public call reaches, with the arguments it gets."""
+    seen = []
     real = policy_loss.choose
 
     def record(op, **implementations):
@@ -383,44 +386,51 @@ def recorded(device, monkeypatch):
         if not fused:
             return run
 
-        def call(*given):
-            def keep(*arguments):
-                seen[str(fused[0])] = (fused[0], arguments)
-                return fused[0](*arguments)
+        def keep(*arguments):
+            seen.append((fused[0], arguments))
+            return fused[0](*arguments)
 
-            return run.func(keep, *given)
-
-        return call
+        return lambda *given: run.func(keep, *given)
 
     for file in (policy_loss, flow_file, match_file, advantage_file):
         monkeypatch.setattr(file, "choose", record)
-    for call in calls(device).values():
-        call()
-    return seen
+    call()
+    (found,) = seen
+    return found
 
 
-def test_ops_are_registered_as_torch_wants_them(device, monkeypatch):
-    seen = recorded(device, monkeypatch)
-    assert len(seen) == 5
-    for op, arguments in seen.values():
-        given = [a.detach().requires_grad_(i == 0) if isinstance(a, torch.Tensor) and a.is_floating_point() and "flow_step"
-                 not in str(op) and "advantage" not in str(op) else a for i, a in enumerate(arguments)]  # fmt: skip
-        torch.library.opcheck(op, given)
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_registered_as_torch_wants_it(device, op, monkeypatch):
+    fused, arguments = recorded(calls(device)[op], monkeypatch)
+    learns = op not in ("flow_step", "group_advantage")  # in its first argument
+    first = arguments[0].detach().requires_grad_(learns)
+    torch.library.opcheck(fused, (first, *arguments[1:]))
 
 
-def test_compiles_without_a_graph_break(device):
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_compiles_without_a_graph_break(device, op):
+    if device == "cpu" and "triton" in str(tritons.on(lambda: 0, torch.zeros(1))):
+        pytest.skip("inductor does not call interpreted kernels")
+    call = calls(device)[op]
+    leaves = torch.utils._pytree.tree_leaves
+    for a, b in zip(leaves(torch.compile(call, fullgraph=True, backend="aot_eager")()), leaves(call()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nft_and_velocity_match_compile_with_their_gradients(device):
     if device == "cpu" and "triton" in str(tritons.on(lambda: 0, torch.zeros(1))):
         pytest.skip("inductor does not call interpreted kernels")
     lengths = LENGTHS["odd"]
     row, (v, v_old, ref), (x0, noise), share = policy_inputs(lengths, 16, device, torch.float32)
-    t = steps(3, device).t
+    t, leaf = steps(3, device).t, v.detach().requires_grad_()
 
     def loss(v):
         own, kl = policy_loss.nft(v, v_old, x0, noise, row, t, share, lengths, 0.7, True, 5.0, ref)
         return own.sum() + kl.sum() + velocity_match(v, ref, lengths, row=row).sum()
 
-    expected = loss(v)
-    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(v), expected)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(leaf), leaf)[0] for f in (compiled, loss))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
