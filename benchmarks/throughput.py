@@ -1,6 +1,7 @@
 """How fast are rollout and update against diffusers' own module? Ratios inside one run, one JSON row.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/throughput.py --cpu
+    python benchmarks/throughput.py                                                     on a GPU
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/throughput.py --cpu     on a CPU
 
 update   8 samples x 4 trained nodes of one prompt with R reference images of the target's size, forward and backward.
          qirl: packs with the shared prefix under a token budget. diffusers: batches of samples, each with its own
@@ -12,7 +13,9 @@ rollout  8 samples of one prompt. qirl: prefill, cached steps, noise and sampler
 phases   shares of rollout, reward and update in one step of the digits configuration.
 
 A ratio is diffusers' time / qirl's time: the median over repetitions in which both run one after the other. With one
-thread it is taken from the CPU time of the process, which others on the machine disturb least; else from wall time.
+thread of a CPU it is taken from the CPU time of the process, which others on the machine disturb least; else from wall time,
+until the GPU is done. On a CPU a small model computes in float32, in which both must agree to rounding. On a GPU one computes
+in float32 for that, and one of the real width, heads and channels, six blocks deep, in bfloat16 for the times.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,12 +47,18 @@ from qirl.packing import Condition, Target
 from qirl.paths import configs
 from qirl.policy.packs import Pair, Prefix, lay_out
 from qirl.policy.trainer import open_trainer, train_step
+from qirl.run.folder import write_json
 from qirl.run.machine import machine
 
 # The shape ratios of the 20B model, small: heads x head_dim = width, mlp_ratio 3, rotary axes 1 : 3.5 : 3.5.
 CONFIG = dict(
     in_channels=16, out_channels=16, num_layers=4, attention_head_dim=32, num_attention_heads=4, context_in_dim=128,
     mlp_ratio=3, axes_dims_rope=(4, 14, 14),
+)  # fmt: skip
+# what a GPU is timed with: 2.1's own block and channels, 512 x 512 pixels
+LARGE = dict(
+    in_channels=64, out_channels=64, num_layers=6, attention_head_dim=128, num_attention_heads=32, context_in_dim=3584,
+    mlp_ratio=3, axes_dims_rope=(16, 56, 56),
 )  # fmt: skip
 WANTED = {0: 1.0, 1: 1.8, 4: 3.5, 8: 5.0}  # update ratio by number of reference images; rollout: 1 always
 GRADIENT, LATENTS = 1e-4, 1e-4  # float32 sums in another order
@@ -64,6 +74,7 @@ class Case:
     pairs: int = 32
     micro: int = 8  # targets in one backward
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -74,18 +85,18 @@ class Case:
         before = self.text // 4
         return (("text", before), *[("image", self.side, self.side)] * self.references, ("text", self.text - before))
 
-    def draw(self) -> tuple[Condition, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The condition, latents and loss weights [pairs, tokens, C], t [pairs]."""
-        gauss = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    def draw(self, model: QwenImage21) -> tuple[Condition, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The condition, latents and loss weights [pairs, tokens, C] in the model's dtype, t float32 [pairs]."""
         generator = torch.Generator().manual_seed(self.seed)
-        channels = CONFIG["in_channels"]
+        gauss = lambda *shape: torch.randn(*shape, generator=generator).to(self.device, model.dtype)  # noqa: E731
+        channels = model.config.in_channels
         images = tuple(gauss(self.tokens, channels) for _ in range(self.references))
-        condition = Condition(gauss(self.text, CONFIG["context_in_dim"]), images, self.layout)
+        condition = Condition(gauss(self.text, model.config.context_in_dim), images, self.layout)
         latents, weights = gauss(self.pairs, self.tokens, channels), gauss(self.pairs, self.tokens, channels)
-        return condition, latents, weights, torch.rand(self.pairs, generator=generator)
+        return condition, latents, weights, torch.rand(self.pairs, generator=generator).to(self.device)
 
 
-def make_models(**changes):
+def make_models(device: str = "cpu", dtype: torch.dtype = torch.float32, **changes):
     """diffusers' module with random weights, and qirl's with the same ones."""
     torch.manual_seed(0)
     theirs = QwenImage21Transformer2DModel(**{**CONFIG, **changes})
@@ -93,8 +104,8 @@ def make_models(**changes):
         for parameter in theirs.parameters():  # norms away from their trivial start
             parameter.add_(0.05 * torch.randn_like(parameter))
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return theirs, load_model(folder)
+        theirs.to(dtype).save_pretrained(folder)
+        return theirs.to(device), load_model(folder).to(device, dtype)
 
 
 def their_call(case: Case, condition: Condition, latents: torch.Tensor, t: torch.Tensor) -> dict:
@@ -110,11 +121,11 @@ def their_call(case: Case, condition: Condition, latents: torch.Tensor, t: torch
             mask += [True] * slots
     references = [r.expand(batch, -1, -1) for r in condition.references]
     return dict(
-        hidden_states=torch.cat([*references, latents], 1),
+        hidden_states=torch.cat([*references, latents.to(condition.text.dtype)], 1),
         encoder_hidden_states=torch.cat(states).expand(batch, -1, -1),
         timestep=t,
         img_shapes=[[(1, case.side, case.side)] * (case.references + 1)] * batch,
-        img_mask=torch.tensor([mask + [True] * slots]).expand(batch, -1),
+        img_mask=torch.tensor([mask + [True] * slots], device=case.device).expand(batch, -1),
         return_dict=False,
     )
 
@@ -132,9 +143,10 @@ def our_update(model, case: Case, data) -> None:
     model.zero_grad()
     pairs = [Pair(i, 0, 0, case.side, case.side) for i in range(case.pairs)]
     [layout] = lay_out([condition], pairs, case.micro * case.tokens, lambda seam, count: (seam, count))
-    prefix = Prefix(model, layout, "cpu")
+    prefix = Prefix(model, layout, case.device)
     for members in layout.packs:
-        v = model(layout.body(members, "cpu"), latents[members].flatten(0, 1), t[members], prefix.leaves)
+        body, members = layout.body(members, case.device), torch.tensor(members, device=case.device)
+        v = model(body, latents[members].flatten(0, 1), t[members], prefix.leaves)
         (v * weights[members].flatten(0, 1)).sum().backward()
     prefix.backward()
 
@@ -152,7 +164,7 @@ def gradient_error(ours, theirs) -> float:
 def their_rollout(model, case: Case, data, steps: int, shared: bool) -> torch.Tensor:
     """Euler steps with diffusers' cache; shared: the prefix is run once and its keys and values expanded."""
     condition, x, _, _ = data
-    grid = torch.from_numpy(sigmas(case.tokens, Flow(steps=steps)))
+    grid = torch.from_numpy(sigmas(case.tokens, Flow(steps=steps))).to(case.device)
     cache = QwenImage21KVCache(len(model.transformer_blocks))
     for node in range(steps):
         mode = "cached" if node or shared else "extract"
@@ -162,80 +174,95 @@ def their_rollout(model, case: Case, data, steps: int, shared: bool) -> torch.Te
                 layer.store(*(part.expand(len(x), -1, -1, -1) for part in layer.get()))
         call = their_call(case, condition, x, grid[node].expand(len(x)))
         v = model(**call, kv_cache=cache, kv_cache_mode=mode)[0][:, -case.tokens :]
-        x = x + v * (grid[node + 1] - grid[node])
+        x = x + v.float() * (grid[node + 1] - grid[node])  # the state stays in float32
     return x
 
 
+def draws_of(case: Case):
+    return stream(case.seed, [0] * case.pairs, list(range(case.pairs)), 0, case.device)
+
+
 def our_rollout(model, case: Case, data, steps: int) -> torch.Tensor:
-    draws = stream(case.seed, [0] * case.pairs, list(range(case.pairs)), 0)
     targets = [Target(0, case.side, case.side)] * case.pairs
-    return rollout(model, [data[0]], targets, draws, Flow(steps=steps)).x0.view(case.pairs, case.tokens, -1)
+    return rollout(model, [data[0]], targets, draws_of(case), Flow(steps=steps)).x0.view(case.pairs, case.tokens, -1)
 
 
-def measure(repetitions: int, **runs: Callable) -> dict[str, dict[str, list[float]]]:
+def measure(repetitions: int, device: str, **runs: Callable) -> dict[str, dict[str, list[float]]]:
     """Seconds of every run, interleaved so that what disturbs one disturbs all; the first round is not counted."""
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = {name: {"wall": [], "cpu": []} for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
+            finish()
             wall, cpu = time.perf_counter(), time.process_time()
             run()
+            finish()
             if repetition:
                 seconds[name]["wall"].append(time.perf_counter() - wall)
                 seconds[name]["cpu"].append(time.process_time() - cpu)
     return seconds
 
 
-def ratio(seconds: dict, over: str, under: str = "qirl") -> float:
-    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+def ratio(seconds: dict, device: str, over: str, under: str = "qirl") -> float:
+    clock = "cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall"
     pairs = zip(seconds[over][clock], seconds[under][clock], strict=True)
     return round(statistics.median(a / b for a, b in pairs), 3)
 
 
-def bench_update(models, case: Case, repetitions: int) -> dict:
-    """Raises AssertionError if the gradients differ."""
-    theirs, ours = models
-    data = case.draw()
-    sizes = [b for b in (1, 2, 4, 8, 16, 32) if b <= case.micro and case.pairs % b == 0]
-    trial = measure(1, **{str(b): lambda b=b: their_update(theirs, case, data, b) for b in sizes})
-    batch = min(sizes, key=lambda b: trial[str(b)]["cpu"][0])
+def check_update(models, case: Case) -> float:
+    """The error of the gradients. Raises AssertionError if they differ."""
+    (theirs, ours), data = models, case.draw(models[1])
+    their_update(theirs, case, data, case.micro)
     our_update(ours, case, data)
     error = gradient_error(ours, theirs)
     assert error <= GRADIENT, f"gradients differ by {error:.1e} from diffusers'"
+    return error
+
+
+def bench_update(models, case: Case, repetitions: int) -> dict:
+    (theirs, ours), data = models, case.draw(models[1])
+    sizes = [b for b in (1, 2, 4, 8, 16, 32) if b <= case.micro and case.pairs % b == 0]
+    trial = measure(1, case.device, **{str(b): lambda b=b: their_update(theirs, case, data, b) for b in sizes})
+    batch = min(sizes, key=lambda b: trial[str(b)]["cpu" if case.device == "cpu" else "wall"][0])
     seconds = measure(
         repetitions,
+        case.device,
         qirl=lambda: our_update(ours, case, data),
         diffusers=lambda: their_update(theirs, case, data, batch),
     )
     facts = {"references": case.references, "targets_per_backward": case.micro, "diffusers_batch": batch}
-    return {**facts, "ratio": ratio(seconds, "diffusers"), "gradient_error": error, "seconds": seconds}
+    return {**facts, "ratio": ratio(seconds, case.device, "diffusers"), "seconds": seconds}
 
 
-def bench_rollout(models, case: Case, steps: int, repetitions: int) -> dict:
-    """Raises AssertionError if the finished latents differ."""
-    theirs, ours = models
-    condition, _, weights, t = case.draw()
-    draws = stream(case.seed, [0] * case.pairs, list(range(case.pairs)), 0)
-    noise = initial_noise(draws, case)
-    data = (condition, noise, weights, t)
+def check_rollout(models, case: Case, steps: int) -> float:
+    """The error of the finished latents. Raises AssertionError if they differ."""
+    (theirs, ours), data = models, with_our_noise(models[1], case)
     got, expected = our_rollout(ours, case, data, steps), their_rollout(theirs, case, data, steps, shared=True)
     error = ((got - expected).norm() / expected.norm()).item()
     assert error <= LATENTS, f"latents differ by {error:.1e} from diffusers'"
+    return error
+
+
+def bench_rollout(models, case: Case, steps: int, repetitions: int) -> dict:
+    (theirs, ours), data = models, with_our_noise(models[1], case)
     seconds = measure(
         repetitions,
+        case.device,
         qirl=lambda: our_rollout(ours, case, data, steps),
         diffusers=lambda: their_rollout(theirs, case, data, steps, shared=True),
         diffusers_batch=lambda: their_rollout(theirs, case, data, steps, shared=False),
     )
-    return {
-        "references": case.references, "samples": case.pairs, "steps": steps, "ratio": ratio(seconds, "diffusers"),
-        "ratio_batch": ratio(seconds, "diffusers_batch"), "latents_error": error, "seconds": seconds,
-    }  # fmt: skip
+    ratios = {f"ratio{end}": ratio(seconds, case.device, f"diffusers{end}") for end in ("", "_batch")}
+    return {"references": case.references, "samples": case.pairs, "steps": steps, **ratios, "seconds": seconds}
 
 
-def initial_noise(draws, case: Case) -> torch.Tensor:
-    row = torch.arange(case.pairs).repeat_interleave(case.tokens)
-    token = torch.arange(case.tokens).repeat(case.pairs)
-    return normal(draws, row, token, CONFIG["in_channels"], 0, INITIAL).view(case.pairs, case.tokens, -1)
+def with_our_noise(model, case: Case) -> tuple:
+    """The case's data, its latents the noise that our rollout starts from."""
+    condition, latents, weights, t = case.draw(model)
+    row = torch.arange(case.pairs, device=case.device).repeat_interleave(case.tokens)
+    token = torch.arange(case.tokens, device=case.device).repeat(case.pairs)
+    noise = normal(draws_of(case), row, token, latents.shape[-1], 0, INITIAL)
+    return condition, noise.view(latents.shape), weights, t
 
 
 def bench_phases(steps: int, overrides: list[str]) -> dict:
@@ -260,47 +287,65 @@ def bench_phases(steps: int, overrides: list[str]) -> dict:
     return {"shares": shares, "seconds": {name: [r[f"time/{name}"] for r in records] for name in names}}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", required=True, help="measure on the CPU")
+    parser.add_argument("--cpu", action="store_true", help="measure on the CPU")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/throughput_cpu.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; default benchmarks/results/throughput_cpu.json or _GPU.json"
+    )
     parser.add_argument("overrides", nargs="*", help="for the phases: policy.micro_tokens=4096 ...")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if not args.cpu and not torch.cuda.is_available():
+        print("throughput: no CUDA device here; --cpu measures on the CPU", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
-    repetitions = 1 if args.quick else args.repetitions
-    models = make_models()
-    phases = bench_phases(1 if args.quick else 3, args.overrides)
-    print("phases   " + "  ".join(f"{name} {share:.0%}" for name, share in phases["shares"].items()))
-    updates, rollouts = [], []
-    for references in (0, 1) if args.quick else (0, 1, 4, 8):
-        updates.append(bench_update(models, Case(references), repetitions))
-        print(
-            "update   R={references}  {ratio:5.2f}x  (diffusers in batches of {diffusers_batch})".format(**updates[-1])
-        )
-    for references in (0, 1) if args.quick else (0, 1, 4):
-        rollouts.append(bench_rollout(models, Case(references, pairs=8), 10, repetitions))
-        print(
-            "rollout  R={references}  {ratio:5.2f}x  (filling its cache per sample: {ratio_batch:.2f}x)".format(
-                **rollouts[-1]
-            )
-        )
-    missed = [f"update {u['references']}: {u['ratio']:.2f}x" for u in updates if u["ratio"] < WANTED[u["references"]]]
-    missed += [f"rollout {r['references']}: {r['ratio']:.2f}x" for r in rollouts if r["ratio"] < 1]
+    facts = machine(diffusers=diffusers.__version__)
+    device, name = ("cpu", "cpu") if args.cpu else ("cuda", facts["gpu"].replace(" ", "_"))
+    out = args.out or Path(__file__).parent / f"results/throughput_{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    row = {"machine": facts, "model": CONFIG if args.cpu else LARGE, **compare(device, args.quick, args.repetitions)}
+    write_json(out, row)
+    # one process has one device, and the trainer takes the GPU where there is one
+    if args.cpu != torch.cuda.is_available():
+        row["phases"] = bench_phases(1 if args.quick else 3, args.overrides)
+        print("phases   " + "  ".join(f"{n} {share:.0%}" for n, share in row["phases"]["shares"].items()))
+    missed = [
+        f"update {u['references']}: {u['ratio']:.2f}x" for u in row["update"] if u["ratio"] < WANTED[u["references"]]
+    ]
+    missed += [f"rollout {r['references']}: {r['ratio']:.2f}x" for r in row["rollout"] if r["ratio"] < 1]
     print(f"below the goal (by reference images): {', '.join(missed)}" if missed else "every goal is met")
-    row = {
-        "machine": machine(diffusers=diffusers.__version__),
-        "model": CONFIG,
-        "update": updates,
-        "rollout": rollouts,
-        "phases": phases,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(row) + "\n")
-    print(args.out)
+    write_json(out, row)
+    print(out)
+    return 0
+
+
+def compare(device: str, quick: bool, repetitions: int) -> dict[str, list[dict]]:
+    """Rows of updates and rollouts by number of reference images, each checked before it is timed."""
+    exact = make_models(device)
+    timed, side = (exact, 16) if device == "cpu" else (make_models(device, torch.bfloat16, **LARGE), 32)
+    repetitions = 1 if quick else repetitions
+    rows: dict[str, list[dict]] = {"update": [], "rollout": []}
+    for references in (0, 1) if quick else (0, 1, 4, 8):
+        error = check_update(exact, Case(references, device=device))
+        row = bench_update(timed, Case(references, side, device=device), repetitions)
+        rows["update"].append(row | {"gradient_error": error})
+        print(
+            "update   R={references}  {ratio:5.2f}x  (diffusers in batches of {diffusers_batch})".format(**row),
+            flush=True,
+        )
+    for references in (0, 1) if quick else (0, 1, 4):
+        error = check_rollout(exact, Case(references, pairs=8, device=device), 10)
+        row = bench_rollout(timed, Case(references, side, pairs=8, device=device), 10, repetitions)
+        rows["rollout"].append(row | {"latents_error": error})
+        print(
+            "rollout  R={references}  {ratio:5.2f}x  (filling its cache per sample: {ratio_batch:.2f}x)".format(**row),
+            flush=True,
+        )
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -26,6 +26,7 @@ from qirl.pretraining import pretrain
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kernel_times  # noqa: E402
+import throughput  # noqa: E402
 from kernel_ops import Model, gradients  # noqa: E402
 
 SHAPES = (Model("2.1", 64, 4), Model("1.x", 48, 3, shifted=True, bounded=False))
@@ -83,6 +84,15 @@ def advantages(convention: str, device) -> None:
         assert torch.equal(alive.cpu(), valid)
 
 
+def against_diffusers(device) -> None:
+    """What is timed on a GPU, but for the backward of diffusers' attention, which the simulated device does not have."""
+    models = throughput.make_models(device, num_layers=1)
+    case = throughput.Case(1, side=4, text=5, pairs=4, micro=2, device=str(device))
+    throughput.check_rollout(models, case, 2)
+    throughput.our_update(models[1], case, case.draw(models[1]))
+    assert all(isinstance(p.grad, OnDevice) for p in models[1].parameters())
+
+
 def run(name: str, start, device, out: Path) -> None:
     """start(out, *parts) of a run: losses as on the host, and as many waits when flow has twice the steps."""
     losses, counts = [], []
@@ -103,6 +113,7 @@ def main(out: Path) -> None:
     checks = {"rules": (rules, device)}
     checks |= {f"{name}, {m.name}": (op, name, m, device) for name in kernel_times.OPS for m in SHAPES}
     checks |= {f"advantages, {c}": (advantages, c, device) for c in CONVENTIONS}
+    checks["throughput"] = against_diffusers, device
     base = save_random_model(out / "model")
     teachers = {n: {"path": str(save_teacher(base, out / n, i)), "guidance": 2} for i, n in enumerate("ab")}
     starts = {

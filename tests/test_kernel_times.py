@@ -241,3 +241,4 @@ def test_the_suite_reports_every_step_and_fails_with_one_that_fails(tmp_path, mo
     shown = capsys.readouterr().out
     assert "good: done" in shown and "bad: FAILED (3)" in shown and "after: done" in shown
     assert '"exit_code": 3' in (tmp_path / "suite.json").read_text()
+    assert (tmp_path / "suite.log").read_text().split() == ["==", "good", "==", "bad", "==", "after"]
