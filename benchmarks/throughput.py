@@ -104,7 +104,8 @@ def make_models(device: str = "cpu", dtype: torch.dtype = torch.float32, **chang
         for parameter in theirs.parameters():  # norms away from their trivial start
             parameter.add_(0.05 * torch.randn_like(parameter))
     with tempfile.TemporaryDirectory() as folder:
-        theirs.to(dtype).save_pretrained(folder)
+        theirs.save_pretrained(folder)
+        theirs = QwenImage21Transformer2DModel.from_pretrained(folder, torch_dtype=dtype)
         return theirs.to(device), load_model(folder).to(device, dtype)
 
 
