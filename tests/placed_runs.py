@@ -33,6 +33,7 @@ SHAPES = (Model("2.1", 64, 4), Model("1.x", 48, 3, shifted=True, bounded=False))
 LORA = {"model": {"lora": {"rank": 2}}, "policy": {"kl": 0.1}}
 RUNS = {"nft": (), "nft, guided": (GUIDED,), "grpo": (SDE,), "guard, lora": (GUARD, LORA)}
 LONGER = {"flow": {"steps": 8}}
+SMALL_PACKS = {"micro_tokens": 64}  # one target in each
 
 
 def rules(device) -> None:
@@ -94,9 +95,10 @@ def against_diffusers(device) -> None:
 
 
 def run(name: str, start, device, out: Path) -> None:
-    """start(out, *parts) of a run: losses as on the host, and as many waits when flow has twice the steps."""
+    """start(folder, *parts) of a run: losses as on the host, and as many waits with twice the steps and many packs."""
     losses, counts = [], []
-    for place, parts in (("cpu", ()), (device, ()), (device, (LONGER,))):
+    longer = LONGER | {"distill" if name == "distill" else "policy": SMALL_PACKS}
+    for place, parts in (("cpu", ()), (device, ()), (device, (longer,))):
         engine.start = lambda always_mesh=False, place=place: Ranks(device=torch.device(place))
         waits.clear()
         folder = out / f"{name} {len(counts)}"

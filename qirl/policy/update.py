@@ -78,17 +78,17 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
     device = exp.grid.device
     pairs = [layout.pairs[i] for i in members]
     body = layout.body(members, device)
-    samples = torch.tensor([p.sample for p in pairs], device=device)
-    nodes = torch.tensor([p.node for p in pairs], device=device)
+    chosen = torch.tensor([[p.sample for p in pairs], [p.node for p in pairs]])
+    samples, nodes = chosen.to(device)  # the host keeps its own: reading them back would wait for the device
     lengths = tuple(p.tokens for p in pairs)
     row, token = body.target_row[: sum(lengths)], body.token_in_target[: sum(lengths)]
-    weights = exp.valid.to(device)[samples].double() * (weight if live else 0.0)
+    weights = exp.valid[chosen[0]].to(device).double() * (weight if live else 0.0)
     common = dict(
         body=body,
         row=row,
         weight=weights,
-        advantage=exp.advantage.to(device)[samples],
-        ids=exp.ids[samples.cpu()] * config.flow.steps + nodes.cpu(),
+        advantage=exp.advantage[chosen[0]].to(device),
+        ids=exp.ids[chosen[0]] * config.flow.steps + chosen[1],
         lengths=lengths,
         guided=bool(layout.negatives),
         live=live,
