@@ -40,7 +40,7 @@ class Stream:
         return Stream(self.seed, self.prompt[index], self.sample[index])
 
     def to(self, device: torch.device) -> Stream:
-        return Stream(self.seed, self.prompt.to(device), self.sample.to(device))
+        return Stream(self.seed, *(t.to(device, non_blocking=True) for t in (self.prompt, self.sample)))
 
 
 def stream(seed: int, prompt: list[int], sample: list[int], iteration: int, device="cpu") -> Stream:
@@ -54,7 +54,7 @@ def stream(seed: int, prompt: list[int], sample: list[int], iteration: int, devi
     for p, s in zip(prompt, sample, strict=True):
         _check("prompt id", p, 32)
         _check("sample index", s, 12)
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=device)  # noqa: E731
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)  # noqa: E731
     return Stream(seed, as_tensor(prompt), as_tensor([s | iteration << 12 for s in sample]))
 
 

@@ -25,7 +25,7 @@ def row_mean(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 @functools.lru_cache(maxsize=256)
 def offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int64 [R + 1]: the token at which each row begins, and the end. Kept, since a run meets the same lengths again."""
-    return torch.tensor([0, *lengths], device=device).cumsum(0)
+    return torch.tensor([0, *lengths]).to(device, non_blocking=True).cumsum(0)
 
 
 @jit

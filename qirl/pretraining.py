@@ -18,7 +18,7 @@ from qirl.engine import Engine
 from qirl.errors import UserError
 from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
 from qirl.kernels.velocity_match import velocity_match
-from qirl.packing import Target, cut, pack
+from qirl.packing import Target, cut, pack, send
 from qirl.parallel.data import agree, world_size
 
 
@@ -90,8 +90,8 @@ def micro_step(engine: Engine, world: DigitsWorld, conditions, draws, members, x
     body = pack([conditions[i] for i in own], targets, device=device)
     row, token = body.target_row, body.token_in_target
     noise = normal(draws.to(device), row, token, world.channels, 0, LOSS)
-    clean = x0[members].flatten(0, 1).to(device)
-    times = t[members].float().to(device)
+    clean = send(x0[members].flatten(0, 1), device)
+    times = send(t[members].float(), device)
     along = times[row, None]
     v = engine.model(body, (1 - along) * clean + along * noise, times)
     loss = velocity_match(v, noise - clean, body.lengths, row=row).sum()

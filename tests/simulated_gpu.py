@@ -1,7 +1,7 @@
 """A device called "sim": its tensors lie in the host's memory, but may meet tensors of the host only as on a GPU.
 
-An op on tensors of both raises. Counted are what makes a GPU's host wait (reading values, a shape that depends on them) and
-copies to the device. Kernels, streams and rounding are not simulated. It stands on torch's backends in Python, which can be
+An op on tensors of both raises. Counted are copies to the device and what makes a GPU's host wait: reading values, a shape
+that depends on them, a copy that is not told to be non_blocking. Kernels, streams and rounding are not simulated. It stands on torch's backends in Python, which can be
 set up once a process: the tests start one (test_placement.py).
 """
 
@@ -81,7 +81,9 @@ def _run(op, args, kwargs):
     if (here and op in _READS) or masks:
         _count(waits, op)
     if op in _COPIES and isinstance(args[op is _aten.copy_.default], OnDevice) != onto:
-        _count(copies if onto else waits, op)
+        blocking = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+        for counter in [copies] * onto + [waits] * (blocking or not onto):
+            _count(counter, op)
     if indexing and host:
         _count(copies, op)
     given, named = tree_map_only(OnDevice, lambda t: t.held, (args, kwargs))
@@ -137,8 +139,8 @@ def _factory(real, copied: bool):
     def make(*args, device=None, **kwargs):
         if device is None or torch.device(device).type != NAME:
             return real(*args, device=device, **kwargs)
-        if copied:
-            _count(copies, real.__name__)
+        for counter in (copies, waits) if copied else ():
+            _count(counter, real.__name__)
         return OnDevice(real(*args, **kwargs))
 
     return make

@@ -23,7 +23,7 @@ from qirl.kernels.flow_step import ODE, SDE, Noise, Step, coefficients, flow_ste
 from qirl.kernels.philox import INITIAL, Stream, normal
 from qirl.kernels.velocity_match import velocity_match
 from qirl.models.qwen_image_21 import QwenImage21
-from qirl.packing import Condition, PackedBatch, Target, pack
+from qirl.packing import Condition, PackedBatch, Target, pack, send
 from qirl.policy.packs import Layout, Prefix
 
 STATS = ("loss", "match", "anchor")
@@ -69,7 +69,7 @@ class Lesson:
         used = sorted({self.targets[i].prompt for i in members})
         place = {prompt: index for index, prompt in enumerate(used)}
         targets = [Target(place[t.prompt], t.height, t.width) for t in (self.targets[i] for i in members)]
-        rows = torch.tensor(list(members), device=self.grid.device)
+        rows = send(torch.tensor(list(members)), self.grid.device)
         negatives = [self.negatives[i] for i in used] if self.negatives else ()
         return Lesson(
             [self.conditions[i] for i in used], negatives, targets, self.stream.rows(rows), self.grid[rows],
@@ -97,7 +97,7 @@ class Lesson:
             tokens = torch.cat([torch.arange(lengths[i]) + sum(lengths[:i]) for i in members])
             body = pack(self.conditions, targets, prefix=False, device=device)
             guided = pack(*self.with_twins(targets), prefix=False, device=device) if self.negatives else None
-            self._parts[key] = Part(torch.tensor(key, device=device), tokens.to(device), body, guided)
+            self._parts[key] = Part(send(torch.tensor(key), device), send(tokens, device), body, guided)
         return self._parts[key]
 
 
@@ -165,7 +165,7 @@ def sweep(
     row, token = whole.body.target_row, whole.body.token_in_target
     modes = mode_table(lesson.nodes, flow)
     random = (modes != ODE).any(1).tolist()
-    modes = modes.to(device)
+    modes = send(modes, device)
 
     x = normal(lesson.stream, row, token, channels, 0, INITIAL)
     x = x.double() if student.dtype == torch.float64 else x

@@ -17,7 +17,7 @@ from qirl.flow.grid import sigmas
 from qirl.kernels.flow_step import MODES, ODE, Noise, Step, flow_step
 from qirl.kernels.philox import INITIAL, Stream, normal
 from qirl.models.qwen_image_21 import QwenImage21
-from qirl.packing import Condition, Target, pack
+from qirl.packing import Condition, Target, pack, send
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -48,7 +48,7 @@ class Rollout:
 def grids(targets: Sequence[Target], flow: Flow, device="cpu") -> torch.Tensor:
     """float32 [R, steps + 1]: each sample's own grid, by its number of tokens."""
     by_tokens = {n: torch.from_numpy(sigmas(n, flow)) for n in {t.tokens for t in targets}}
-    return torch.stack([by_tokens[t.tokens] for t in targets]).to(device)
+    return send(torch.stack([by_tokens[t.tokens] for t in targets]), device)
 
 
 def step_at(grid: torch.Tensor, node: int, mode: torch.Tensor, level: float) -> Step:
@@ -101,7 +101,7 @@ def rollout(
 
     grid, modes = grids(targets, flow, device), mode_table(nodes, flow)
     random = (modes != ODE).any(1).tolist()
-    modes = modes.to(device)
+    modes = send(modes, device)
     keepers = _Keepers(nodes, lengths, flow, device)
     channels = model.config.out_channels or model.config.in_channels
     x = normal(stream, row, token, channels, 0, INITIAL)
@@ -144,7 +144,7 @@ class _Keepers:
         for node in range(flow.steps):
             samples = [i for i, own in enumerate(nodes) if node in own]
             if samples:
-                index = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in samples]).to(device)
+                index = send(torch.cat([torch.arange(starts[i], starts[i + 1]) for i in samples]), device)
                 self.plan[node] = (samples, [lengths[i] for i in samples], index)
 
     def keep(self, node: int, x, x_next, v) -> None:

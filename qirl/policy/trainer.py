@@ -21,7 +21,7 @@ from qirl.engine import Engine, find_model, world_facts
 from qirl.errors import UserError
 from qirl.flow.rollout import Rollout, grids, rollout
 from qirl.kernels.philox import Stream, stream
-from qirl.packing import Target, cut
+from qirl.packing import Target, cut, send
 from qirl.parallel.data import agree, gather_rows, gathered, world_size
 from qirl.policy import monitor
 from qirl.policy.advantages import (
@@ -241,7 +241,7 @@ def _roll(trainer: Trainer, prompts, targets, draws: Stream, nodes, flow, run: l
     own = [Target(place[targets[i].prompt], targets[i].height, targets[i].width) for i in run]
     conditions = [trainer.world.condition(prompts[i]) for i in used]
     negatives = [trainer.world.negative(prompts[i]) for i in used] if trainer.guided else None
-    rows = draws.rows(torch.tensor(run, device=draws.prompt.device))
+    rows = draws.rows(send(torch.tensor(run), draws.prompt.device))
     own_nodes = [nodes[i] for i in run] if nodes else None
     return rollout(trainer.engine.model, conditions, own, rows, flow, own_nodes, negatives)
 

@@ -13,7 +13,7 @@ from qirl.kernels import policy_loss
 from qirl.kernels.flow_step import MODES, Noise, Step, flow_step, guide, log_prob, mean_std
 from qirl.kernels.philox import LOSS, Stream, normal
 from qirl.models.qwen_image_21 import QwenImage21
-from qirl.packing import Condition, PackedBatch, Target
+from qirl.packing import Condition, PackedBatch, Target, send
 from qirl.policy.packs import Layout, Pair, Prefix
 
 STATS = ("loss", "ratio", "clipped", "kl", "valid")
@@ -79,15 +79,15 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
     pairs = [layout.pairs[i] for i in members]
     body = layout.body(members, device)
     chosen = torch.tensor([[p.sample for p in pairs], [p.node for p in pairs]])
-    samples, nodes = chosen.to(device)  # the host keeps its own: reading them back would wait for the device
+    samples, nodes = send(chosen, device)  # the host keeps its own: reading them back would wait for the device
     lengths = tuple(p.tokens for p in pairs)
     row, token = body.target_row[: sum(lengths)], body.token_in_target[: sum(lengths)]
-    weights = exp.valid[chosen[0]].to(device).double() * (weight if live else 0.0)
+    weights = send(exp.valid[chosen[0]], device).double() * (weight if live else 0.0)
     common = dict(
         body=body,
         row=row,
         weight=weights,
-        advantage=exp.advantage[chosen[0]].to(device),
+        advantage=send(exp.advantage[chosen[0]], device),
         ids=exp.ids[chosen[0]] * config.flow.steps + chosen[1],
         lengths=lengths,
         guided=bool(layout.negatives),
