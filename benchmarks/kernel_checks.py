@@ -71,6 +71,9 @@ def compiling_ahead(places: Sequence[tuple[str, int, Model]], device: str = "cud
 
 def _alone() -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are the parallelism
+    from torch._inductor import config
+
+    config.autotune_local_cache = False  # a choice measured here, on a busy GPU, must not be found where it is timed
 
 
 def _compile(op: str, tokens: int, model: Model, device: str) -> None:

@@ -1,8 +1,8 @@
 """A device called "sim": its tensors lie in the host's memory, but may meet tensors of the host only as on a GPU.
 
 An op on tensors of both raises. Counted are copies to the device and what makes a GPU's host wait: reading values, a shape
-that depends on them, a copy that is not told to be non_blocking. Kernels, streams and rounding are not simulated. It stands on torch's backends in Python, which can be
-set up once a process: the tests start one (test_placement.py).
+that depends on them, a copy that is not told to be non_blocking. Kernels, streams and rounding are not simulated. It stands
+on torch's backends in Python, which can be set up once a process: the tests start one (test_placement.py).
 """
 
 import collections
@@ -88,10 +88,9 @@ def _run(op, args, kwargs):
         _count(copies, op)
     given, named = tree_map_only(OnDevice, lambda t: t.held, (args, kwargs))
     out = _AT_ONCE.get(op, op)(*given, **named)
+    # what was changed in place comes back as the tensor it was
     pairs = zip(tree_leaves((given, named)), tree_leaves((args, kwargs)), strict=True)
-    wrapped = {
-        id(bare): own for bare, own in pairs if isinstance(own, OnDevice)
-    }  # what changed in place comes back itself
+    wrapped = {id(bare): own for bare, own in pairs if isinstance(own, OnDevice)}
     return tree_map_only(torch.Tensor, lambda t: wrapped.get(id(t), OnDevice(t)) if onto else t, out)
 
 
