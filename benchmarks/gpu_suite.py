@@ -10,29 +10,26 @@ exit code is 1 if any failed. Aims at 8 minutes on one H100.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernel_times import OPS
+from kernel_checks import PYTEST, ROOT, on_this_gpu
+from kernel_ops import SAMPLER_TESTS, TRANSFORMER_TESTS
 
 from qirl.run.folder import write_json
 from qirl.run.machine import machine
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def steps(out: Path) -> dict[str, list[str]]:
     """Commands by name, in order; {out} is where results go. The kernel benchmark runs the tests of its ops itself."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    of_ops = [f"--ignore={file}" for file in sorted({op.tests for op in OPS.values()})]
+    of_ops = [f"--ignore={file}" for file in (TRANSFORMER_TESTS, SAMPLER_TESTS)]
     return {
         "build": [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        "native": [*pytest, "tests/test_native_philox.py"],
-        "gpu": [*pytest, "-m", "gpu", "--continue-on-collection-errors", "tests", *of_ops],
+        "native": [*PYTEST, "tests/test_native_philox.py"],
+        "gpu": [*PYTEST, "-m", "gpu", "--continue-on-collection-errors", "tests", *of_ops],
         "kernels": [sys.executable, "benchmarks/kernel_times.py", "--out", str(out / "kernels.json")],
         "throughput": [
             sys.executable, "benchmarks/throughput.py", "--repetitions", "3", "--out", str(out / "throughput.json"),
@@ -47,14 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QIRL_KERNELS")}
     done, log_file = {}, out / "suite.log"
     log_file.write_text("")
     for name in args.steps:
         begun = time.monotonic()
         with log_file.open("a") as log:
             print(f"== {name}", file=log, flush=True)
-            code = subprocess.run(steps(out)[name], cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+            code = subprocess.run(steps(out)[name], cwd=ROOT, env=on_this_gpu(), stdout=log, stderr=log).returncode
         done[name] = {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
         print(f"{name}: {'done' if code == 0 else f'FAILED ({code})'} in {done[name]['seconds']} s", flush=True)
         write_json(out / "suite.json", {"machine": machine(), "steps": done})

@@ -20,7 +20,13 @@ import torch
 from kernel_ops import Model, Work, gradients
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 WORKERS = min(6, os.cpu_count() or 1)  # each holds the tensors of one place on the GPU
+
+
+def on_this_gpu() -> dict[str, str]:
+    """The environment in which Triton compiles and `auto` chooses."""
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QIRL_KERNELS")}
 
 
 def red(ops: Sequence[str], tests: Mapping[str, str]) -> list[str]:
@@ -29,14 +35,13 @@ def red(ops: Sequence[str], tests: Mapping[str, str]) -> list[str]:
     A test is about the op whose name its own holds; one that names none is about every op of its file.
     """
     files = {tests[op]: [other for other in tests if tests[other] == tests[op]] for op in ops}
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QIRL_KERNELS")}
     with tempfile.TemporaryDirectory() as folder:
         reports = {file: Path(folder) / f"{i}.xml" for i, file in enumerate(files)}
         runs = {}
         for file, report in reports.items():
             wanted = f"{' or '.join(op for op in files[file] if op in ops)} or not ({' or '.join(files[file])})"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", file]
-            runs[file] = subprocess.Popen([*command, "-k", wanted], cwd=ROOT, env=environment, stdout=sys.stderr)
+            command = [*PYTEST, f"--junitxml={report}", file, "-k", wanted]
+            runs[file] = subprocess.Popen(command, cwd=ROOT, env=on_this_gpu(), stdout=sys.stderr)
         failed = {file: _failed(run.wait(), reports[file]) for file, run in runs.items()}
     return [op for op in ops if any(_about(test, op, files[tests[op]]) for test in failed[tests[op]])]
 

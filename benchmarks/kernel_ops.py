@@ -12,6 +12,7 @@ import torch
 
 TOKENS = (1024, 4096, 16384)
 ROWS = 8  # noise levels in a pack: equal parts of its tokens
+TRANSFORMER_TESTS, SAMPLER_TESTS = "tests/test_triton_ops.py", "tests/test_fused_ops.py"
 LARGE = 64 << 20  # bytes from which an op is measured by its bandwidth
 
 
@@ -72,7 +73,7 @@ class Op:
 
     build: Callable[[int, Model, str], Work]
     goal: Goal
-    tests: str = "tests/test_triton_ops.py"
+    tests: str = TRANSFORMER_TESTS
     models: tuple[Model, ...] = MODELS
 
 

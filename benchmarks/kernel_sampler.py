@@ -7,13 +7,12 @@ fused op, which favours them.
 from __future__ import annotations
 
 import torch
-from kernel_ops import ROWS, Goal, Model, Op, Work, draw, rows_of
+from kernel_ops import ROWS, SAMPLER_TESTS, Goal, Model, Op, Work, draw, rows_of
 
 from qirl.kernels import flow_step, group_advantage, policy_loss, velocity_match
 from qirl.kernels.philox import stream
 
 LATENTS = (Model("latents", 64, 1),)
-TESTS = "tests/test_fused_ops.py"
 GROUP = 16
 F32 = torch.float32
 
@@ -99,9 +98,9 @@ def _group_advantage(tokens: int, model: Model, device: str) -> Work:
 
 
 OPS: dict[str, Op] = {
-    "flow_step": Op(_flow_step, Goal(0.85), TESTS, LATENTS),
-    "nft": Op(_nft, Goal(0.85), TESTS, LATENTS),
-    "policy_ratio": Op(_policy_ratio, Goal(0.85), TESTS, LATENTS),
-    "velocity_match": Op(_velocity_match, Goal(0.85), TESTS, LATENTS),
-    "group_advantage": Op(_group_advantage, Goal(0.85), TESTS, LATENTS),
+    "flow_step": Op(_flow_step, Goal(0.85), SAMPLER_TESTS, LATENTS),
+    "nft": Op(_nft, Goal(0.85), SAMPLER_TESTS, LATENTS),
+    "policy_ratio": Op(_policy_ratio, Goal(0.85), SAMPLER_TESTS, LATENTS),
+    "velocity_match": Op(_velocity_match, Goal(0.85), SAMPLER_TESTS, LATENTS),
+    "group_advantage": Op(_group_advantage, Goal(0.85), SAMPLER_TESTS, LATENTS),
 }
