@@ -1,56 +1,82 @@
 """Everything that waits for a GPU, in one command: builds csrc, runs the tests that need a GPU, times kernels and training.
 
-    python benchmarks/gpu_suite.py --out OUT
+    python benchmarks/gpu_suite.py --out OUT                             all steps: about 9 minutes on an H200 with 16 cores
+    python benchmarks/gpu_suite.py --out OUT --steps build kernels       some of them, in this order
 
-Writes OUT/suite.json (each step's exit code and seconds), what the steps print (suite.log), OUT/kernels.json with its table and
-picture, and OUT/throughput.json, for which diffusers must be installed. A step that fails does not stop the next ones; the
-exit code is 1 if any failed. Aims at 8 minutes on one H100.
+Writes OUT/suite.json (each step's exit code and seconds, after every step), what the steps print (suite.log), OUT/kernels.json
+with its table and picture, and OUT/throughput.json, for which diffusers must be installed; both files grow row by row. Tests
+run on all cores where pytest-xdist is installed. A step that fails, or takes longer than ten minutes, does not stop the
+next ones; the exit code is 1 if any failed. --seconds is what throughput may take.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from kernel_checks import PYTEST, ROOT, on_this_gpu
+from kernel_checks import ROOT, on_this_gpu, pytest_command
 from kernel_ops import SAMPLER_TESTS, TRANSFORMER_TESTS
 
 from qirl.run.folder import write_json
 from qirl.run.machine import machine
 
+LIMIT = 600.0  # seconds of one step
+THROUGHPUT = 150.0  # seconds that its cases may take
 
-def steps(out: Path) -> dict[str, list[str]]:
+
+def steps(out: Path, seconds: float = THROUGHPUT) -> dict[str, list[str]]:
     """Commands by name, in order; {out} is where results go. The kernel benchmark runs the tests of its ops itself."""
     of_ops = [f"--ignore={file}" for file in (TRANSFORMER_TESTS, SAMPLER_TESTS)]
+    throughput = ["--repetitions", "3", "--seconds", str(seconds), "--out", str(out / "throughput.json")]
     return {
         "build": [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        "native": [*PYTEST, "tests/test_native_philox.py"],
-        "gpu": [*PYTEST, "-m", "gpu", "--continue-on-collection-errors", "tests", *of_ops],
+        "native": [*pytest_command(), "tests/test_native_philox.py"],
+        "gpu": [*pytest_command(), "-m", "gpu", "--continue-on-collection-errors", "tests", *of_ops],
         "kernels": [sys.executable, "benchmarks/kernel_times.py", "--out", str(out / "kernels.json")],
-        "throughput": [
-            sys.executable, "benchmarks/throughput.py", "--repetitions", "3", "--out", str(out / "throughput.json"),
-        ],
-    }  # fmt: skip
+        "throughput": [sys.executable, "benchmarks/throughput.py", *throughput],
+    }
+
+
+def run(command: Sequence[str], log: IO[str]) -> int | str:
+    """The exit code of a step, or why it has none; what it left running is ended."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=on_this_gpu(), stdout=log, stderr=log, start_new_session=True
+    )  # fmt: skip
+    try:
+        return process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"ended after {LIMIT:g} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    names = list(steps(Path()))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_suite"))
-    parser.add_argument("--steps", nargs="+", choices=list(steps(Path())), default=list(steps(Path())))
+    parser.add_argument("--steps", nargs="+", choices=names, default=names)
+    parser.add_argument("--seconds", type=float, default=THROUGHPUT, help="what the cases of throughput may take")
     args = parser.parse_args(arguments)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    commands = steps(out, args.seconds)
     done, log_file = {}, out / "suite.log"
     log_file.write_text("")
     for name in args.steps:
         begun = time.monotonic()
         with log_file.open("a") as log:
             print(f"== {name}", file=log, flush=True)
-            code = subprocess.run(steps(out)[name], cwd=ROOT, env=on_this_gpu(), stdout=log, stderr=log).returncode
+            code = run(commands[name], log)
         done[name] = {"exit_code": code, "seconds": round(time.monotonic() - begun, 1)}
         print(f"{name}: {'done' if code == 0 else f'FAILED ({code})'} in {done[name]['seconds']} s", flush=True)
         write_json(out / "suite.json", {"machine": machine(), "steps": done})

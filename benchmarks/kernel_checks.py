@@ -6,6 +6,7 @@ Both take minutes of host time and neither is timed, so they run side by side, i
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import subprocess
@@ -20,8 +21,14 @@ import torch
 from kernel_ops import Model, Work, gradients
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 WORKERS = min(6, os.cpu_count() or 1)  # each holds the tensors of one place on the GPU
+
+
+def pytest_command(share: int = 1) -> list[str]:
+    """pytest on one `share`-th of this machine's cores; on one core where pytest-xdist is not installed."""
+    workers = (os.cpu_count() or 1) // share
+    parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel]
 
 
 def on_this_gpu() -> dict[str, str]:
@@ -40,7 +47,7 @@ def red(ops: Sequence[str], tests: Mapping[str, str]) -> list[str]:
         runs = {}
         for file, report in reports.items():
             wanted = f"{' or '.join(op for op in files[file] if op in ops)} or not ({' or '.join(files[file])})"
-            command = [*PYTEST, f"--junitxml={report}", file, "-k", wanted]
+            command = [*pytest_command(len(files)), f"--junitxml={report}", file, "-k", wanted]
             runs[file] = subprocess.Popen(command, cwd=ROOT, env=on_this_gpu(), stdout=sys.stderr)
         failed = {file: _failed(run.wait(), reports[file]) for file, run in runs.items()}
     return [op for op in ops if any(_about(test, op, files[tests[op]]) for test in failed[tests[op]])]
@@ -82,7 +89,7 @@ def _alone() -> None:
 
 
 def _compile(op: str, tokens: int, model: Model, device: str) -> None:
-    from kernel_times import OPS
+    from kernel_registry import OPS
 
     torch.compiler.reset()
     work = OPS[op].build(tokens, model, device)

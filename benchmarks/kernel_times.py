@@ -29,17 +29,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import kernel_checks
-import kernel_glue
 import kernel_sampler
 import torch
-from kernel_ops import TOKENS, Baseline, Model, Op, Work, disagreement, gradients
+from kernel_ops import TOKENS, Baseline, Model, Work, disagreement, gradients
+from kernel_registry import OPS
 from kernel_report import plot, table, verdict
 
 from qirl.run.folder import write_json
 from qirl.run.machine import machine
 
 HERE = Path(__file__).resolve().parent
-OPS: dict[str, Op] = {**kernel_sampler.OPS, **kernel_glue.OPS}
 SAME = 0.01  # |theirs - reference| / |reference|: three roundings to bfloat16 are 0.004
 
 

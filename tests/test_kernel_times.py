@@ -234,11 +234,27 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_suite_reports_every_step_and_fails_with_one_that_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        gpu_suite, "steps", lambda out: {"good": ["true"], "bad": ["sh", "-c", "exit 3"], "after": ["true"]}
-    )
+    commands = {"good": ["true"], "bad": ["sh", "-c", "exit 3"], "after": ["true"]}
+    monkeypatch.setattr(gpu_suite, "steps", lambda out, seconds=0: commands)
     assert gpu_suite.main(["--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "good: done" in shown and "bad: FAILED (3)" in shown and "after: done" in shown
     assert '"exit_code": 3' in (tmp_path / "suite.json").read_text()
     assert (tmp_path / "suite.log").read_text().split() == ["==", "good", "==", "bad", "==", "after"]
+
+
+def test_a_step_that_takes_too_long_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "LIMIT", 0.5)
+    with (tmp_path / "log").open("w") as log:
+        assert gpu_suite.run(["sh", "-c", "sleep 60 & echo $!; wait"], log) == "ended after 0.5 s"
+    child = int((tmp_path / "log").read_text())
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_the_page_about_kernels_shows_the_rows_that_were_measured():
+    root = Path(__file__).parents[1]
+    measured = json.loads((root / "benchmarks/results/kernels_NVIDIA_H200.json").read_text())
+    goals = {name: op.goal for name, op in benchmark.OPS.items()}
+    shown = report.table(measured["rows"], goals, measured["copy_gb_per_s"], measured["launch_ms"])
+    assert shown in (root / "docs/kernels.md").read_text()

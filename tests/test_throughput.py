@@ -64,6 +64,18 @@ def test_what_a_gpu_is_timed_with_runs_in_bfloat16_as_near_to_float32_as_diffuse
     assert bench.bench_update(models, case, repetitions=1)["ratio"] > 0
 
 
+def test_cases_beyond_the_time_budget_are_named_and_the_first_always_runs(bench, monkeypatch):
+    seconds = iter(range(0, 1000, 4))  # the clock moves on four seconds at every look
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(bench, "make_models", lambda device: None)
+    monkeypatch.setattr(bench, "TIMED", {part: lambda *case: {"references": case[2]} for part in ("update", "rollout")})
+    for allowed, expected in ((1, 1), (25, 2), (1000, 7)):
+        row, writes = {}, []
+        bench.compare(row, "cpu", False, 1, bench.Budget(allowed), lambda row=row, w=writes: w.append(str(row)))
+        assert len(writes) == expected == len(row["update"] + row["rollout"])
+        assert row["left_out"] == [f"{part} {references}" for part, references in bench.CASES[expected:]]
+
+
 def test_without_a_gpu_it_says_so(bench, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
