@@ -32,12 +32,12 @@ import tiny_judges  # noqa: E402
 
 import qirl  # noqa: E402
 from qirl.config import load  # noqa: E402
+from qirl.config_rewards import JudgeOptions  # noqa: E402
 from qirl.data.digits import prompts  # noqa: E402
 from qirl.evaluation.statistics import interval  # noqa: E402
 from qirl.quickstart import train_base  # noqa: E402
 from qirl.rewards.vlm import losses  # noqa: E402
 from qirl.rewards.vlm.local_chat import LocalChat  # noqa: E402
-from qirl.rewards.vlm.options import JudgeOptions  # noqa: E402
 from qirl.rewards.vlm.processor import Processor, load_judge  # noqa: E402
 from qirl.rewards.vlm.reading import Reading  # noqa: E402
 from qirl.rewards.vlm.records import load_records  # noqa: E402

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qirl.cli import Config, DryRun, Out, Overrides, WithOptions, first, leave_group, load_config, say, told
+from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, first, leave_group, load_config, say, told
 
 app = typer.Typer(
     name="reward", help="Reward models: train a judge, serve rewards, score and check.", no_args_is_help=True

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from qirl import config_file
+from qirl.config_rewards import RewardOptions
 from qirl.config_sections import (
     Advantage,
     Architecture,
@@ -41,24 +42,41 @@ from qirl.config_sections import (
     require,
 )
 from qirl.errors import UserError
-from qirl.rewards.options import RewardOptions
 
 REWARDS = option({}, "rewards by name; empty: the world's own")
 
 
-class PretrainConfig(Section):
-    """`qirl pretrain`: a base model by flow matching."""
+class ModelConfig(Section):
+    """What every run with a diffusion transformer has."""
 
     run: Run = Run()
     world: World = World()
     model: Model = Model()
-    optimizer: Optimizer = Optimizer()
     flow: Flow = Flow()
+
+    @model_validator(mode="after")
+    def _one_source_and_a_level_that_the_sampler_takes(self):
+        model, flow = self.model, self.flow
+        require(
+            model.path is None or model.architecture == Architecture(),
+            f"model.architecture is the size of a model that starts from nothing, model.path={model.path} brings its "
+            "own; remove one of the two",
+        )
+        require(
+            flow.sampler != "cps" or flow.level <= 1,
+            f"flow.level={flow.level}: cps takes a level in (0, 1]; use 1 or less",
+        )
+        return self
+
+
+class PretrainConfig(ModelConfig):
+    """`qirl pretrain`: a base model by flow matching."""
+
+    optimizer: Optimizer = Optimizer()
     pretrain: Pretrain = Pretrain()
 
     @model_validator(mode="after")
     def _consistent(self):
-        _check_source(self.model)
         require(
             self.model.path is not None or not self.model.lora.rank,
             f"model.lora.rank={self.model.lora.rank} needs a trained model below it: set model.path, or rank 0",
@@ -70,20 +88,26 @@ class PretrainConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """`qirl train`: reinforcement learning of a model against rewards."""
+class RewardedConfig(ModelConfig):
+    """What every run has whose images are scored and compared inside a group."""
 
-    run: Run = Run()
-    world: World = World()
-    model: Model = Model()
-    optimizer: Optimizer = Optimizer()
-    flow: Flow = Flow()
-    guidance: Guidance = Guidance()
-    policy: Policy = Policy()
     rewards: dict[str, RewardOptions] = REWARDS
     scoring: Scoring = Scoring()
     composition: Composition = Composition()
     advantage: Advantage = Advantage()
+
+    @model_validator(mode="after")
+    def _weights_fit(self):
+        _check_weights(self.advantage)
+        return self
+
+
+class TrainConfig(RewardedConfig):
+    """`qirl train`: reinforcement learning of a model against rewards."""
+
+    optimizer: Optimizer = Optimizer()
+    guidance: Guidance = Guidance()
+    policy: Policy = Policy()
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -91,7 +115,6 @@ class TrainConfig(Section):
             self.model.path is not None,
             "model.path is missing: RL starts from a base; name a model folder (qirl pretrain makes one)",
         )
-        _check_source(self.model)
         _check_groups(self.policy, self.flow)
         _check_sampler(self.policy, self.flow)
         _check_old(self.policy, self.flow)
@@ -100,16 +123,7 @@ class TrainConfig(Section):
             f"guidance.scope=none samples without guidance and flow.guidance={self.flow.guidance} asks for it; set "
             "flow.guidance=1, or scope rollout",
         )
-        _check_weights(self.advantage)
         return self
-
-
-def _check_source(model: Model) -> None:
-    require(
-        model.path is None or model.architecture == Architecture(),
-        f"model.architecture is the size of a model that starts from nothing, model.path={model.path} brings its own; "
-        "remove one of the two",
-    )
 
 
 def _check_groups(p: Policy, flow: Flow) -> None:
@@ -144,7 +158,6 @@ def _check_sampler(p: Policy, flow: Flow) -> None:
     if flow.sampler == "cps":
         require(p.loss == "grpo", "policy.loss=guard needs a transition density; cps drops it, use flow.sampler=sde")
         require(p.kl_form == "velocity", "policy.kl_form=transition needs a density; cps drops it, use velocity")
-        require(flow.level <= 1, f"flow.level={flow.level}: cps takes a level in (0, 1]; use 1 or less")
 
 
 def _check_old(p: Policy, flow: Flow) -> None:
@@ -183,14 +196,10 @@ def _by_category(advantage: Advantage):
     return ((f"category_weights.{category}", weights) for category, weights in advantage.category_weights.items())
 
 
-class DistillConfig(Section):
+class DistillConfig(ModelConfig):
     """`qirl distill`: several task teachers taught to one student that needs no guidance."""
 
-    run: Run = Run()
-    world: World = World()
-    model: Model = Model()
     optimizer: Optimizer = Optimizer()
-    flow: Flow = Flow()
     distill: Distill = Distill()
 
     @model_validator(mode="before")
@@ -213,7 +222,6 @@ class DistillConfig(Section):
             self.model.path is not None,
             "model.path is missing: the student starts from the base that the teachers were trained from; name its folder",
         )
-        _check_source(self.model)
         _check_teachers(self.distill.teachers, self.world)
         flow = self.flow
         require(
@@ -224,10 +232,6 @@ class DistillConfig(Section):
         require(
             self.distill.nodes <= flow.steps,
             f"distill.nodes={self.distill.nodes} is more than flow.steps={flow.steps}; use {flow.steps} or fewer, 0 for all",
-        )
-        require(
-            flow.sampler != "cps" or flow.level <= 1,
-            f"flow.level={flow.level}: cps takes a level in (0, 1]; use 1 or less",
         )
         return self
 
@@ -254,13 +258,9 @@ def _check_teachers(teachers: dict[str, Teacher], world: World) -> None:
     )
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(ModelConfig):
     """`qirl evaluate`: rewards, held-out judge and diversity at several guidance scales."""
 
-    run: Run = Run()
-    world: World = World()
-    model: Model = Model()
-    flow: Flow = Flow()
     evaluation: Evaluation = Evaluation()
     arena: Arena = Arena()
     rewards: dict[str, RewardOptions] = REWARDS
@@ -284,29 +284,32 @@ class EvaluateConfig(Section):
         return self
 
 
-class ProbeConfig(Section):
+class ProbeConfig(RewardedConfig):
     """What curation and calibration share: a base that draws groups, and the rewards that score them."""
 
-    run: Run = Run()
-    world: World = World()
-    model: Model = Model()
-    flow: Flow = Flow()
     probe: Probe = Probe()
-    rewards: dict[str, RewardOptions] = REWARDS
-    scoring: Scoring = Scoring()
-    composition: Composition = Composition()
-    advantage: Advantage = Advantage()
+
+    @model_validator(mode="after")
+    def _probe_fits(self):
+        flow, timesteps = self.flow, self.probe.timesteps
+        require(self.model.path is not None, "model.path is missing: name the base that draws the images")
+        require(
+            self.advantage.calibration is None,
+            "advantage.calibration belongs to `qirl train`; here weights are advantage.weights, remove it",
+        )
+        trainable = min(timesteps.trainable(flow.steps), flow.steps - 1)
+        require(
+            flow.sampler == "ode" or timesteps.count <= trainable,
+            f"probe.timesteps.count={timesteps.count} is more than the {trainable} trainable nodes of flow.steps="
+            f"{flow.steps}; use {trainable} or fewer, as policy.timesteps of the training",
+        )
+        return self
 
 
 class CurateConfig(ProbeConfig):
     """`qirl curate`: which prompts the base model can learn from, by the range of its rewards."""
 
     curate: Curate = Curate()
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        _check_probe(self)
-        return self
 
 
 class CalibrateConfig(ProbeConfig):
@@ -316,7 +319,6 @@ class CalibrateConfig(ProbeConfig):
 
     @model_validator(mode="after")
     def _consistent(self):
-        _check_probe(self)
         weights, shares = self.advantage.weights or self.advantage.category_weights, self.calibrate.shares
         shares = shares or self.calibrate.category_shares
         if self.calibrate.method == "table":
@@ -329,26 +331,6 @@ class CalibrateConfig(ProbeConfig):
             for name, value in own.items():
                 require(value >= 0, f"the wanted share {section}.{name}={value} is negative; shares are 0 or more")
         return self
-
-
-def _check_probe(config: ProbeConfig) -> None:
-    model, flow, timesteps = config.model, config.flow, config.probe.timesteps
-    require(model.path is not None, "model.path is missing: name the base that draws the images")
-    _check_source(model)
-    _check_weights(config.advantage)
-    require(
-        config.advantage.calibration is None,
-        "advantage.calibration belongs to `qirl train`; here weights are advantage.weights, remove it",
-    )
-    require(
-        flow.sampler != "cps" or flow.level <= 1, f"flow.level={flow.level}: cps takes a level in (0, 1]; use 1 or less"
-    )
-    trainable = min(timesteps.trainable(flow.steps), flow.steps - 1)
-    require(
-        flow.sampler == "ode" or timesteps.count <= trainable,
-        f"probe.timesteps.count={timesteps.count} is more than the {trainable} trainable nodes of flow.steps={flow.steps}; "
-        f"use {trainable} or fewer, as policy.timesteps of the training",
-    )
 
 
 class RewardConfig(Section):

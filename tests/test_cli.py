@@ -57,26 +57,26 @@ KEYS = {
     "model": "path dtype",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
     "model.lora": "rank alpha targets",
-    "optimizer": "lr warmup decay betas eps weight_decay clip ema",
     "flow": "steps guidance rescale sampler level stochastic storage rollout_tokens base_shift max_shift base_tokens "
     "max_tokens terminal",
+    **REWARDS,
+    "scoring": "workers timeout retries backoff",
+    "composition": "layers failing cap gates gated",
+    "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
+    "optimizer": "lr warmup decay betas eps weight_decay clip ema",
     "guidance": "scope form",
     "policy": "loss prompts group refill",
     "policy.timesteps": "count power skip_last",
     "policy.nft": "beta x0_weighted old_decay old_ramp",
     "policy ": "clip_low clip_high kl kl_form old epochs minibatches micro_tokens",
-    **REWARDS,
-    "scoring": "workers timeout retries backoff",
-    "composition": "layers failing cap gates gated",
-    "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
 }
 OTHERS = {
     "pretrain": "batch drop_condition logit_mean logit_std micro_tokens",
     "evaluation": "models guidance prompts group steps seed batch_tokens",
     "arena": "battles anchor rating resamples guidance",
 }
-PROBE = {"probe": "group prompts", "probe.timesteps": KEYS["policy.timesteps"], **REWARDS}
-PROBE |= {name: KEYS[name] for name in ("scoring", "composition", "advantage")}
+PROBE = REWARDS | {name: KEYS[name] for name in ("scoring", "composition", "advantage")}
+PROBE |= {"probe": "group prompts", "probe.timesteps": KEYS["policy.timesteps"]}
 CURATE = {"curate": "tau saturated balance"}
 CALIBRATE = {"calibrate": "method shares category_shares ledger only_kept"}
 DISTILL = {

@@ -16,7 +16,9 @@ from qirl.errors import UserError
 from qirl.rewards.digits import reward_reader
 from qirl.rewards.edits import copies, wanted_specs
 from qirl.rewards.glyphs import plane, reward_embedding
+from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Sample
+from qirl.rewards.registry import own_rewards
 from qirl.rewards.scorer import score
 from qirl.run.cache import folder
 
@@ -43,7 +45,7 @@ def truth() -> list[Sample]:
 def scored(world, truth):
     """What becomes of an edit, to the scores of all samples."""
     made = {"true": truth, "copy": copied(truth), "redraw": redrawn(truth), "wrong colour": miscoloured(truth)}
-    return made, {name: score(world.rewards(), samples) for name, samples in made.items()}
+    return made, {name: score(own_rewards(world), samples) for name, samples in made.items()}
 
 
 def copied(truth):
@@ -123,7 +125,7 @@ def test_identity_rises_smoothly_from_another_glyph_to_the_same():
 
 def test_the_judge_accepts_true_edits_and_neither_copies_nor_redraws_nor_wrong_colours(world, scored):
     made, _ = scored
-    judge = world.judge()
+    judge = held_out_judge()
     share = {name: float(judge.correct(samples).mean()) for name, samples in made.items()}
     held_out = judge.correct(true_edits_of_held_out_prompts())
     assert held_out.mean() >= 0.95
@@ -140,13 +142,13 @@ def test_copies_are_counted(scored):
 def test_the_tasks_rewards_leave_each_others_samples_alone(truth):
     both = DigitsWorld(World(task="mixed"))
     drawn = replace(truth[0], prompt="a red 7", category="colour", sources=())
-    rows = score(both.rewards(), [truth[0], drawn])
+    rows = score(own_rewards(both), [truth[0], drawn])
     assert set(rows[0]) == {"instruction", "identity", "ink"} and set(rows[1]) == {"digit", "attribute", "ink"}
 
 
 def test_pictures_of_another_size_are_refused(world, truth):
     with pytest.raises(UserError, match="16"):
-        score(world.rewards(), [replace(truth[0], image=np.zeros((8, 8, 3), np.uint8))])
+        score(own_rewards(world), [replace(truth[0], image=np.zeros((8, 8, 3), np.uint8))])
 
 
 def test_glyph_strokes_have_no_colour():
@@ -175,7 +177,7 @@ def test_training_reports_the_share_of_edits_that_return_their_source(opened):
 
 
 def test_the_judge_reads_both_tasks_in_one_batch_as_in_two(world, truth):
-    judge, image = world.judge(), paint(bank("judge").single[0], np.array(INKS["red"]), np.array(PAPERS["black"]))
+    judge, image = held_out_judge(), paint(bank("judge").single[0], np.array(INKS["red"]), np.array(PAPERS["black"]))
     digit = glyphs("judge")[1][0]
     right, wrong = (replace(truth[0], prompt=f"a red {d}", category="colour", image=image, sources=())
                     for d in (digit, (digit + 1) % 10))  # fmt: skip
@@ -194,8 +196,8 @@ def test_one_redrawn_glyph_of_two_is_seen_by_reward_and_judge(world, truth):
         np.concatenate([s.image[:, :8], t.image[:, 8:]], axis=1) for s, t in zip(swaps, redrawn(swaps), strict=True)
     ]
     half = [replace(s, image=image) for s, image in zip(swaps, images, strict=True)]
-    assert 0.4 < mean(score(world.rewards(), half), "identity", half) < 0.7
-    assert world.judge().correct(half).mean() < 0.1
+    assert 0.4 < mean(score(own_rewards(world), half), "identity", half) < 0.7
+    assert held_out_judge().correct(half).mean() < 0.1
 
 
 def test_the_base_learns_both_tasks_and_rl_scores_edits_by_the_worlds_own_rewards(tmp_path, tiny_model):

@@ -12,6 +12,7 @@ from qirl.data.prompts import FIRST_EDIT, Prompt
 from qirl.data.words import WordVectors, tokens
 from qirl.data.world import EDITED, DigitsWorld
 from qirl.errors import UserError
+from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Sample
 
 
@@ -166,7 +167,7 @@ def test_a_base_sees_copies_and_other_hands_among_true_edits():
     for kind, share in edits.FLAWS.items():
         assert abs(len(kinds[kind]) / 4000 - share) < 0.02
     # another hand: the digits that were asked for in their colours, and other strokes
-    judge = world("edit").judge()
+    judge = held_out_judge()
     rows = kinds["redrawn"]
     samples = [Sample(i, i, prompts[i].text, flawed[i], prompts[i].category, prompts[i].sources) for i in rows]
     specs = judge._specs(samples)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_server import MODEL, Server
 
+from qirl.config_rewards import JudgeOptions
 from qirl.errors import UserError
 from qirl.rewards.protocol import Sample
 from qirl.rewards.vlm.openai_chat import OpenAIChat
-from qirl.rewards.vlm.options import JudgeOptions
 from qirl.rewards.vlm.reading import DIGITS, Written, expectation, parse, read
 from qirl.rewards.vlm.reward import JudgeReward, fit
 from qirl.rewards.vlm.rubric import Rubric, begun_answer, escape, load_rubric, load_rubrics

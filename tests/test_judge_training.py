@@ -16,11 +16,11 @@ from PIL import Image
 from scipy import stats
 
 from qirl.config import load
+from qirl.config_rewards import JudgeOptions
 from qirl.errors import UserError
 from qirl.rewards.protocol import Sample
 from qirl.rewards.vlm import losses, processor, training
 from qirl.rewards.vlm.local_chat import LocalChat
-from qirl.rewards.vlm.options import JudgeOptions
 from qirl.rewards.vlm.processor import Processor, load_judge
 from qirl.rewards.vlm.reading import Reading
 from qirl.rewards.vlm.records import Record, load_records

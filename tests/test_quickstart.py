@@ -20,6 +20,8 @@ from qirl.evaluation.evaluate import balanced, draw
 from qirl.evaluation.measure import measure
 from qirl.evaluation.statistics import mean_and_error
 from qirl.quickstart import STAGES, load_recipes, quickstart, train_base
+from qirl.rewards.judge import held_out_judge
+from qirl.rewards.registry import own_rewards
 
 TOKENS = (
     DigitsWorld.height * DigitsWorld.width
@@ -296,8 +298,8 @@ def test_perfect_pictures_score_perfectly_and_blank_ones_do_not():
             for p in prompts
         ]
     )
-    good = measure(real, prompts, world.rewards(), world.judge())
-    blank = measure(np.zeros_like(real), prompts, world.rewards(), world.judge())
+    good = measure(real, prompts, own_rewards(world), held_out_judge())
+    blank = measure(np.zeros_like(real), prompts, own_rewards(world), held_out_judge())
     assert good["judge_accuracy"] > 0.85
     assert blank["judge_accuracy"] <= 1 / 3 + 1e-9  # one reading for all: right for one of the three prompts at most
     assert good["diversity"] > 0.1 and blank["diversity"] == 0

@@ -22,12 +22,12 @@ from openai_server import Server as Sockets
 from tiny_runs import train_config
 
 from qirl.config import load
+from qirl.config_rewards import ServerOptions
 from qirl.config_sections import Serve
 from qirl.data.images import encode
 from qirl.errors import UserError
 from qirl.policy import trainer as training
 from qirl.rewards.client import ServerReward
-from qirl.rewards.options import ServerOptions
 from qirl.rewards.protocol import Sample
 from qirl.rewards.server.app import make_app
 from qirl.rewards.server.batching import Batcher, Full

@@ -1,4 +1,4 @@
-"""A world: prompts, condition encoder, autoencoder and built-in rewards that belong together."""
+"""A world: prompts, condition encoder and autoencoder that belong together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from qirl.data.prompts import Prompt, load_prompts
 from qirl.data.words import WordVectors, parse
 from qirl.errors import UserError
 from qirl.packing import Condition
-from qirl.rewards.protocol import Reward
 
 EDITED = 0.4  # share of edits among the examples of both tasks
 
@@ -111,24 +110,6 @@ class DigitsWorld:
                 for row, prompt in zip(rows, own, strict=True):
                     prompts[row] = prompt
         return prompts, latents.encode(images)
-
-    def rewards(self) -> list[Reward]:
-        """The built-in rewards of self.task, trained on their own part of the data on first use and cached."""
-        from qirl.rewards.digits import DigitRewards, reward_reader
-        from qirl.rewards.edits import EditRewards
-        from qirl.rewards.glyphs import reward_embedding
-        from qirl.run.cache import folder
-
-        reader = reward_reader(folder())
-        drawing = [DigitRewards(reader)] if self.task != "edit" else []
-        return drawing + ([EditRewards(reader, reward_embedding(folder()))] if self.task != "t2i" else [])
-
-    def judge(self):
-        """The held-out judge: another part of the data, another network. Training never asks for it."""
-        from qirl.rewards.judge import Judge, judge_reader
-        from qirl.run.cache import folder
-
-        return Judge(judge_reader(folder()))
 
 
 def _drawn(u: np.ndarray) -> tuple[list[Prompt], np.ndarray]:

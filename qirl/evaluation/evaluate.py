@@ -31,6 +31,7 @@ from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weights import load_model
 from qirl.packing import Target, cut
+from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Reward
 from qirl.rewards.registry import identity, rewards_of
 from qirl.run.cache import content_key
@@ -51,7 +52,7 @@ class Exam:
     def of(cls, config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> Exam:
         world, options = make_world(config.world), config.evaluation
         chosen = balanced(world.prompts("held_out", config.world.prompts), options.prompts, options.seed)
-        return cls(world, chosen, rewards_of(config, world, rewards), world.judge())
+        return cls(world, chosen, rewards_of(config, world, rewards), held_out_judge())
 
 
 def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> dict:

@@ -9,6 +9,7 @@ import torch
 from qirl.kernels.philox import stream
 from qirl.packing import Target
 from qirl.policy.advantages import ABSENT
+from qirl.policy.sampling import sample_in_batches
 
 MONITOR_ITERATION = 2**20 - 1  # the monitor's own noise, the same at every step and never a training step's
 
@@ -40,7 +41,6 @@ def reward_metrics(scores, components, categories, weights, group, advantage, va
 
 def write_samples(trainer, step: int) -> None:
     """samples/step_*.png: the monitor prompts with their own fixed noise, at the run's guidance."""
-    from qirl.policy.trainer import sample_in_batches
     from qirl.run.folder import write_json
     from qirl.run.plots import grid
 

@@ -9,9 +9,9 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
+from qirl.config_rewards import ServerOptions
 from qirl.data.images import content_hash
 from qirl.errors import UserError
-from qirl.rewards.options import ServerOptions
 from qirl.rewards.protocol import Sample, Scores
 from qirl.rewards.remote import Replicas, ServerError, chunks, get
 from qirl.rewards.server.wire import request_of, scores_of

@@ -122,3 +122,10 @@ def _standard(planes: np.ndarray) -> np.ndarray:
 def judge_reader(cache_dir: str | Path) -> DigitReader:
     """The reader behind `Judge`: another part of the handwriting, seed and shape (12 s on one core)."""
     return reader(cache_dir, JUDGE)
+
+
+def held_out_judge() -> Judge:
+    """The held-out judge: another part of the data, another network. Training never asks for it."""
+    from qirl.run.cache import folder
+
+    return Judge(judge_reader(folder()))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 
+from qirl.config_rewards import PythonOptions, Remote, RewardOptions
 from qirl.errors import UserError
-from qirl.rewards.options import PythonOptions, RewardOptions
 from qirl.rewards.protocol import Reward
-from qirl.rewards.remote import Remote
 
 # classes that take (name, options)
 KINDS = {
@@ -28,7 +27,19 @@ KINDS = {
 
 def rewards_of(config, world, given: Sequence[Reward] = ()) -> list[Reward]:
     """What scores a run: the callables given to it, else `rewards` of its config, else the world's own."""
-    return list(given) or build(config.rewards) or world.rewards()
+    return list(given) or build(config.rewards) or own_rewards(world)
+
+
+def own_rewards(world) -> list[Reward]:
+    """The digits world's rewards for its tasks, trained on their own part of the data on first use and cached."""
+    from qirl.rewards.digits import DigitRewards, reward_reader
+    from qirl.rewards.edits import EditRewards
+    from qirl.rewards.glyphs import reward_embedding
+    from qirl.run.cache import folder
+
+    reader = reward_reader(folder())
+    drawing = [DigitRewards(reader)] if world.task != "edit" else []
+    return drawing + ([EditRewards(reader, reward_embedding(folder()))] if world.task != "t2i" else [])
 
 
 def identity(options: Mapping[str, RewardOptions]) -> dict:

@@ -16,24 +16,11 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from qirl.config_sections import Section, option
+from qirl.config_rewards import Remote
 from qirl.errors import UserError
 
 PATIENCE = 60.0  # longest pause, in seconds, whatever Retry-After says
 REFUSED = (400, 401, 403, 404, 405, 413, 415, 422)  # another try would be refused as well
-
-
-class Remote(Section):
-    """What every kind that asks servers has."""
-
-    servers: tuple[str, ...] = option((), "addresses of servers that do the same, asked in turn")
-    token_variable: str | None = option(None, "environment variable that holds the servers' bearer token")
-    concurrency: int = option(32, "requests under way at the same time", ge=1)
-    timeout: float = option(120.0, "seconds that one request may take", gt=0)
-    retries: int = option(4, "further tries of a request after an error of a server, on the next one", ge=0)
-    backoff: float = option(
-        0.5, "seconds before the first of them, doubled for each one after it, times 0.5 to 1.5", ge=0
-    )
 
 
 class ServerError(Exception):

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qirl.config_parts import AestheticOptions, ClipScoreOptions, PickScoreOptions, SimilarityOptions, Weights
 from qirl.errors import UserError
-from qirl.rewards.parts.options import AestheticOptions, ClipScoreOptions, PickScoreOptions, SimilarityOptions, Weights
 from qirl.rewards.protocol import Sample, Scores
 
 

@@ -21,8 +21,8 @@ from typing import Protocol
 
 import numpy as np
 
+from qirl.config_parts import FaceOptions
 from qirl.errors import UserError
-from qirl.rewards.parts.options import FaceOptions
 from qirl.rewards.protocol import Sample, Scores
 
 

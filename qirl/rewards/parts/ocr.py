@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qirl.config_parts import OcrOptions
 from qirl.errors import UserError
-from qirl.rewards.parts.options import OcrOptions
 from qirl.rewards.protocol import Sample, Scores
 
 QUOTES = re.compile(r"\"([^\"]+)\"|“([^”]+)”|「([^」]+)」|『([^』]+)』|«([^»]+)»|(?<!\w)'([^']+)'(?!\w)")

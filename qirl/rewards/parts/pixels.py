@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from qirl.config_parts import ArtifactOptions, DiversityOptions, OutsideOptions
 from qirl.errors import UserError
 from qirl.evaluation.artifacts import periodic_peak
-from qirl.rewards.parts.options import ArtifactOptions, DiversityOptions, OutsideOptions
 from qirl.rewards.protocol import Sample, Scores
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qirl.config_rewards import JudgeOptions
 from qirl.data.images import encode
 from qirl.errors import UserError
 from qirl.rewards.remote import Replicas, ServerError, get
-from qirl.rewards.vlm.options import JudgeOptions
 from qirl.rewards.vlm.reading import DIGITS, Written
 
 TOP = 20  # log-probabilities asked for: the most that vLLM gives by default

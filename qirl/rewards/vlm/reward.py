@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qirl.config_rewards import JudgeOptions
 from qirl.kernels.score_expectation import likert_to_unit
 from qirl.rewards.protocol import Sample, Scores
 from qirl.rewards.remote import ServerError
 from qirl.rewards.vlm.openai_chat import OpenAIChat, check_servers
-from qirl.rewards.vlm.options import JudgeOptions
 from qirl.rewards.vlm.reading import Reading, read
 from qirl.rewards.vlm.rubric import load_rubric
 

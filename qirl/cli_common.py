@@ -1,0 +1,75 @@
+"""What the commands share: their arguments, how a config is loaded, how errors are shown, which rank speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from qirl.errors import UserError
+
+
+class WithOptions(TyperCommand):
+    """A command of a config: its help ends with every option of that config."""
+
+    kind: str | None = None  # of config; None: the command's name
+
+    def format_help(self, ctx, formatter) -> None:
+        super().format_help(ctx, formatter)
+        from qirl.tables import print_options
+
+        print_options(self.kind or self.name)
+
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped config such as digits/t2i")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.OPTION=VALUE", help="options over those of the file"),
+]
+Out = Annotated[str | None, typer.Option(help="run folder, over run.out; the same command continues it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what it costs; start nothing")]
+
+
+def load_config(kind: str, name: str, overrides: list[str] | None, out: str | None = None):
+    """The config of a command's arguments."""
+    from qirl.config import load
+    from qirl.paths import find_config
+
+    return load(kind, find_config(name), [*(overrides or []), *([f"run.out={out}"] if out is not None else [])])
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str, **where) -> None:
+    if first():
+        print(text, flush=True, **where)
+
+
+@contextlib.contextmanager
+def told(resumes: bool = False) -> Iterator[None]:
+    """Turns what the user can mend into one line and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        say(f"qirl: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        more = "; the same command continues from the last checkpoint" if resumes else ""
+        say(f"qirl: interrupted{more}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def leave_group() -> None:
+    """Ends the process group of torchrun's ranks, which warns where nobody does."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""`rewards:` of a config: {name: options}, each of a kind. The options of every kind, light to import."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import Field, model_validator
+
+from qirl.config_parts import PARTS
+from qirl.config_sections import Section, option, require
+
+Mode = Literal["expected_cot", "expected_direct", "parsed"]
+
+
+class Remote(Section):
+    """What every kind that asks servers has."""
+
+    servers: tuple[str, ...] = option((), "addresses of servers that do the same, asked in turn")
+    token_variable: str | None = option(None, "environment variable that holds the servers' bearer token")
+    concurrency: int = option(32, "requests under way at the same time", ge=1)
+    timeout: float = option(120.0, "seconds that one request may take", gt=0)
+    retries: int = option(4, "further tries of a request after an error of a server, on the next one", ge=0)
+    backoff: float = option(
+        0.5, "seconds before the first of them, doubled for each one after it, times 0.5 to 1.5", ge=0
+    )
+
+
+class JudgeOptions(Remote):
+    kind: Literal["judge"] = option("judge", "a vision-language model that scores from 1 to 5")
+    rubric: str = option("alignment", "what it is asked: a rubric that ships with qirl, or a text file")
+    omit: tuple[str, ...] = option((), "optional lines of the rubric to leave out, such as attractiveness")
+    mode: Mode = option(
+        "expected_cot",
+        "expected_cot: reasoning, then the expectation over the five score tokens; expected_direct: the expectation "
+        "without reasoning; parsed: the digit that it writes",
+    )
+    chains: int = option(1, "chains of reasoning per image, averaged; their spread is the read noise", ge=1, le=64)
+    servers: tuple[str, ...] = option(
+        (), "addresses of OpenAI-compatible servers (vLLM, SGLang) that serve one model, such as http://host:8000/v1"
+    )
+    model: str | None = option(None, "the model's name on the servers; without servers: its folder, read in process")
+    temperature: float = option(0.7, "temperature of the reasoning", ge=0, le=2)
+    reasoning_tokens: int = option(512, "longest reasoning; a longer one is cut off and does not count", ge=1)
+    pixels: int = option(1_048_576, "an image of more pixels is scaled down to this many", ge=256)
+
+    @model_validator(mode="after")
+    def _has_a_model(self):
+        require(
+            self.model is not None,
+            "a judge needs `model`: its name on the servers, or a folder to read it in process",
+        )
+        require(
+            self.mode != "expected_direct" or self.chains == 1,
+            f"chains={self.chains}: without reasoning every chain reads the same; use 1, or mode expected_cot",
+        )
+        return self
+
+
+class PythonOptions(Section):
+    kind: Literal["python"] = option("python", "a function of yours, as qirl.train takes it")
+    target: str | None = option(None, "its module:function, importable where the command runs", pattern=r"^[\w.]+:\w+$")
+
+    @model_validator(mode="after")
+    def _has_a_target(self):
+        require(self.target is not None, "a reward of kind python needs `target`: module:function")
+        return self
+
+
+class ServerOptions(Remote):
+    kind: Literal["server"] = option("server", "a scorer server, `qirl reward serve`")
+    servers: tuple[str, ...] = option(
+        (), "addresses of scorer servers of one config, such as http://host:8100", min_length=1
+    )
+    components: tuple[str, ...] = option((), "components to take; empty: all that the servers have")
+    batch: int = option(16, "samples in one request", ge=1)
+    cache: int = option(4096, "samples whose scores are kept, by the content of images and prompt; 0: none", ge=0)
+
+
+RewardOptions = Annotated[Union[(JudgeOptions, PythonOptions, ServerOptions, *PARTS)], Field(discriminator="kind")]
