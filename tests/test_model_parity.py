@@ -1,13 +1,18 @@
 """The packed transformer against diffusers' module, random weights, float32 (numbers: relative error of the norm)."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_qwenimage21 import (
     QwenImage21KVCache,
     QwenImage21Transformer2DModel,
 )
+from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_shift
 
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.config_sections import Flow
+from qirl.flow.grid import sigmas
+from qirl.models.qwen_image_21 import QwenImage21, model_time
 from qirl.models.weights import load_model, save_model
 from qirl.packing import Condition, Target, pack
 
@@ -166,18 +171,29 @@ def test_a_sample_does_not_depend_on_what_shares_its_pack(models):
             assert relative(together[i], alone) <= 1e-6
 
 
-def test_bfloat16_rounds_time_as_diffusers_does(models, tmp_path):
-    """Exported weights are sampled by diffusers in bf16; an unrounded t would be another noise level (0.7 % off)."""
+@pytest.mark.parametrize("tokens, steps, differ", [(1024, 10, 2), (1024, 28, 6), (4096, 40, 12)])
+def test_bfloat16_rounds_time_as_the_pipeline_of_diffusers_does(models, tmp_path, tokens, steps, differ):
+    """Exported weights are sampled there; sigma rounded at once would be another noise level at `differ` of the steps."""
     theirs, _ = models
     theirs.save_pretrained(tmp_path)
-    half, ours = (
-        QwenImage21Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16),
-        load_model(tmp_path, torch.bfloat16),
-    )
-    t = torch.tensor([0.6733, 0.0213])
-    got = ours.time_text_embed(t.to(torch.bfloat16))
-    expected = half.time_text_embed(t.to(torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16))
-    assert torch.equal(got, expected)
+    half = QwenImage21Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ours = load_model(tmp_path, torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )  # fmt: skip
+    mu = calculate_shift(tokens, 256, 8192, 0.5, 0.9)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+    fed = scheduler.timesteps.to(torch.bfloat16) / 1000  # as QwenImage21Pipeline.__call__ computes it
+    t = torch.from_numpy(sigmas(tokens, Flow(steps=steps)))[:-1]
+    assert torch.equal(model_time(t, torch.bfloat16), fed)
+    assert int((t.to(torch.bfloat16) != fed).sum()) == differ
+    _, got = ours._modulation(t, steps, "cpu")
+    assert torch.equal(got[1:], half.time_text_embed(fed, torch.zeros(1, dtype=torch.bfloat16)))
+
+
+def test_time_stays_exact_in_float32():
+    t = torch.rand(1000)
+    assert torch.equal(model_time(t, torch.float32), t)
 
 
 def test_sharded_folders_load_and_save_both_ways(models, tmp_path):

@@ -160,6 +160,15 @@ class TextProjection(nn.Module):
         return self.out_layer(F.gelu(self.in_layer(normed), approximate="tanh"))
 
 
+def model_time(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t [targets] in [0, 1] as diffusers' pipelines hand it to a model of `dtype`.
+
+    In 16 bits they round 1000 t, and then its quotient by 1000; exported weights are sampled with that time.
+    Source: section 1 of the algorithm page; QwenImage21Pipeline of diffusers 0.42.1.
+    """
+    return (1000 * t).to(dtype) / 1000 if dtype.itemsize < 4 else t.to(dtype)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoids of 1000 t (cosines first), then a two-layer MLP."""
 
@@ -211,7 +220,7 @@ class QwenImage21(nn.Module):
     ) -> torch.Tensor | KeysValues:
         """Velocity of the targets, or the prefix's keys and values.
 
-        latents [target_tokens, C] and t float [targets] in [0, 1] (rounded to the model's dtype, as diffusers does):
+        latents [target_tokens, C] and t float [targets] in [0, 1] (rounded as `model_time` says):
         returns the velocity [target_tokens, C_out] in the model's dtype. `past` is the result of a prefill of the
         same conditions, for a pack made with prefix=False. Without latents: the prefill, [P, H, D] pairs per layer.
         """
@@ -270,7 +279,7 @@ class QwenImage21(nn.Module):
         zero = torch.zeros(1, dtype=self.dtype, device=device)
         if t is not None and t.shape != (targets,):
             raise UserError(f"t has shape {tuple(t.shape)}, the pack holds {targets} targets; give one t per target")
-        temb = self.time_text_embed(zero if t is None else torch.cat([zero, t.to(self.dtype)]))
+        temb = self.time_text_embed(zero if t is None else torch.cat([zero, model_time(t, self.dtype)]))
         return self.modulation(temb), temb
 
     def _rotary(self, pack: PackedBatch):
