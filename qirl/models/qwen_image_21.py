@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qirl.errors import UserError, nearest
+from qirl.errors import UserError
 from qirl.kernels.gated_residual import gated_residual
 from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
 from qirl.kernels.residual_norm import residual_norm
 from qirl.kernels.swiglu import swiglu
+from qirl.models.architecture import check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
 from qirl.models.rope import Rope
 from qirl.packing import PackedBatch
@@ -53,15 +54,7 @@ class QwenImage21Config:
             )
         if self.patch_size != 1:
             raise UserError(f"patch_size={self.patch_size} is not supported; 2.1 models have patch_size 1")
-        if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
-            raise UserError(
-                f"axes_dims_rope={self.axes_dims_rope} must be three even numbers that sum to "
-                f"attention_head_dim={self.attention_head_dim}"
-            )
-        small = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in ("int", "int | None")}
-        for name, value in small.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"model config field {name}={value!r} must be a whole number of at least 1")
+        check_sizes(self)
 
     @property
     def width(self) -> int:
@@ -69,15 +62,8 @@ class QwenImage21Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> QwenImage21Config:
-        """From a diffusers config.json; unknown fields are refused by name (private ones, `_...`, are skipped)."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in values.items() if not k.startswith("_")}
-        for name in values.keys() - known:
-            raise UserError(f"model config field '{name}'={values[name]!r} is not supported{nearest(name, known)}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"the model config has a field of the wrong type ({error}); copy it again") from None
+        """From a diffusers config.json. Raises UserError for a field that is not supported, by name."""
+        return from_diffusers(cls, values)
 
 
 def plain_linear(inputs: int, outputs: int) -> nn.Module:

@@ -1,0 +1,35 @@
+"""What the configs of transformers share: diffusers' config.json read field by field, and sizes that fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+from qirl.errors import UserError, nearest
+
+Config = TypeVar("Config")
+
+
+def from_diffusers(cls: type[Config], values: dict) -> Config:
+    """The dataclass `cls` from a diffusers config.json; unknown fields are refused by name (private ones skipped)."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    values = {k: v for k, v in values.items() if not k.startswith("_")}
+    for name in values.keys() - known:
+        raise UserError(f"model config field '{name}'={values[name]!r} is not supported{nearest(name, known)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"the model config has a field of the wrong type ({error}); copy it again") from None
+
+
+def check_sizes(config) -> None:
+    """Raises UserError unless the rotary axes are even and fill a head, and every size is a whole number above 0."""
+    if sum(config.axes_dims_rope) != config.attention_head_dim or any(d % 2 for d in config.axes_dims_rope):
+        raise UserError(
+            f"axes_dims_rope={config.axes_dims_rope} must be three even numbers that sum to "
+            f"attention_head_dim={config.attention_head_dim}"
+        )
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type in ("int", "int | None") and value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"model config field {f.name}={value!r} must be a whole number of at least 1")

@@ -1,0 +1,111 @@
+"""Packs of a dual-stream transformer: every target carries its own text and references, and all of them see each other.
+
+The text of Qwen-Image 1.x is modulated at the target's time and attends to the target, so no prefix can be shared. One
+token axis holds, target by target,
+
+    [ text | target | reference 1 | reference 2 | ... ]
+
+and attention is one dense call per target (one batched call for neighbours of equal lengths). The two streams stand apart:
+all text, and all targets followed by all references; `order` brings them onto the token axis and `back` off it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qirl.errors import UserError
+from qirl.packing import Condition, Span, Target, append, image_positions, send
+
+
+@dataclass(frozen=True)
+class JointPack:
+    """Token metadata of one pack; tensors on the model's device, spans and lengths on the host.
+
+    text [T, D] and references [F, C] are repeated for every target of a prompt. order int64 [N]: the token of the streams
+    (text, targets, references) at each place of the token axis, back its inverse. position int64 [N, 3] along the
+    axis. text_row, target_row, reference_row int64: the target of each token of a stream, plus one.
+    """
+
+    text: torch.Tensor
+    references: torch.Tensor | None
+    order: torch.Tensor
+    back: torch.Tensor
+    position: torch.Tensor
+    text_row: torch.Tensor
+    target_row: torch.Tensor
+    reference_row: torch.Tensor
+    lengths: tuple[int, ...]
+    own: tuple[Span, ...]
+    memo: dict = field(default_factory=dict, repr=False, compare=False)  # rotary tables, made by the model once
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], device="cpu") -> JointPack:
+    """Lays out `targets`, each with the text and the references of its condition.
+
+    Positions are those of Qwen-Image 1.x: image i of a target has frame i, height and width centred on zero, and the text
+    goes on from half of the longest side. Raises UserError for an empty target or one without a condition.
+    """
+    for t in targets:
+        if t.height < 1 or t.width < 1:
+            raise UserError(f"a target of {t.height} x {t.width} latent tokens is empty; give at least 1 x 1")
+        if not 0 <= t.prompt < len(conditions):
+            raise UserError(f"a target names condition {t.prompt} of {len(conditions)}; name one that is there")
+    own_of = [conditions[t.prompt] for t in targets]
+    sizes = [[(t.height, t.width), *_references(c)] for t, c in zip(targets, own_of, strict=True)]
+    texts = [c.text.shape[0] for c in own_of]
+    streams = _Streams(sum(texts), sum(t.tokens for t in targets))
+    order, position, own, cursor = [], [], [], 0
+    for text, images in zip(texts, sizes, strict=True):
+        tokens = [h * w for h, w in images]
+        order += [streams.take("text", text), streams.take("target", tokens[0])]
+        order += [streams.take("reference", n) for n in tokens[1:]]
+        place = max(max(h // 2, w // 2) for h, w in images)
+        position.append(torch.arange(place, place + text)[:, None].expand(text, 3))
+        position += [image_positions(frame, h, w) for frame, (h, w) in enumerate(images)]
+        length = text + sum(tokens)
+        append(own, Span(cursor, length, cursor, length))
+        cursor += length
+    order = torch.cat(order)
+    rows = [
+        (n, t.tokens, sum(h * w for h, w in images[1:])) for n, t, images in zip(texts, targets, sizes, strict=True)
+    ]
+    number = torch.arange(1, len(targets) + 1)
+    text_row, target_row, reference_row = (
+        send(number.repeat_interleave(torch.tensor(each)), device) for each in zip(*rows, strict=True)
+    )
+    references = [r for c in own_of for r in c.references]
+    return JointPack(
+        text=send(torch.cat([c.text for c in own_of]), device),
+        references=send(torch.cat(references), device) if references else None,
+        order=send(order, device),
+        back=send(torch.argsort(order), device),
+        position=send(torch.cat(position), device),
+        text_row=text_row,
+        target_row=target_row,
+        reference_row=reference_row,
+        lengths=tuple(t.tokens for t in targets),
+        own=tuple(own),
+    )
+
+
+class _Streams:
+    """Hands out the tokens of the three streams in order, as indices into (text, targets, references)."""
+
+    def __init__(self, text: int, target: int):
+        self.next = {"text": 0, "target": text, "reference": text + target}
+
+    def take(self, stream: str, count: int) -> torch.Tensor:
+        first = self.next[stream]
+        self.next[stream] += count
+        return torch.arange(first, first + count)
+
+
+def _references(condition: Condition) -> list[tuple[int, int]]:
+    return [tuple(size) for kind, *size in condition.layout if kind == "image"]
