@@ -54,5 +54,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qirl, CPU, m) {
 #endif
-  m.impl("group_advantage", TORCH_BOX(&group_advantage));
+  m.impl("group_advantage", GUARDED(&group_advantage));
 }

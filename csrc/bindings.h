@@ -7,13 +7,41 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <cstring>
+#include <exception>
 #include <initializer_list>
 #include <optional>
+#include <string>
 
 #include "philox.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// What the last op that failed on this thread said; empty once qirl_take_error has handed it on. One for each library.
+inline thread_local std::string last_error;
+
+// A boxed op that throws nothing: before torch 2.13 an exception that leaves an op ends the process. What is thrown inside is
+// kept for kernels/_native.py, which raises it; the op then returns tensors without elements.
+template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
+void guarded(StableIValue* stack, uint64_t arguments, uint64_t outputs) noexcept {
+  try {
+    boxed(stack, arguments, outputs);
+    return;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "an unknown error in csrc";
+  }
+  for (uint64_t i = 0; i < outputs; ++i) {
+    const int64_t none = 0, one = 1;
+    AtenTensorHandle handle = nullptr;
+    aoti_torch_empty_strided(1, &none, &one, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle);
+    stack[i] = 0;
+    std::memcpy(&stack[i], &handle, sizeof(handle));
+  }
+}
+#define GUARDED(function) (&guarded<&TORCH_BOX(function)>)
 
 #ifdef QIRL_CUDA
 using cudaStream_t = struct CUstream_st*;

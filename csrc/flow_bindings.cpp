@@ -279,11 +279,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qirl, CPU, m) {
 #endif
-  m.impl("flow_step", TORCH_BOX(&flow_step));
-  m.impl("policy_nft", TORCH_BOX(&policy_nft));
-  m.impl("policy_nft_backward", TORCH_BOX(&policy_nft_backward));
-  m.impl("policy_ratio", TORCH_BOX(&policy_ratio));
-  m.impl("policy_ratio_backward", TORCH_BOX(&policy_ratio_backward));
-  m.impl("velocity_match", TORCH_BOX(&velocity_match));
-  m.impl("velocity_match_backward", TORCH_BOX(&velocity_match_backward));
+  m.impl("flow_step", GUARDED(&flow_step));
+  m.impl("policy_nft", GUARDED(&policy_nft));
+  m.impl("policy_nft_backward", GUARDED(&policy_nft_backward));
+  m.impl("policy_ratio", GUARDED(&policy_ratio));
+  m.impl("policy_ratio_backward", GUARDED(&policy_ratio_backward));
+  m.impl("velocity_match", GUARDED(&velocity_match));
+  m.impl("velocity_match_backward", GUARDED(&velocity_match_backward));
 }

@@ -1,5 +1,7 @@
 // qirl::philox_words and qirl::philox_normal on torch's stable ABI. Every *.cpp here is compiled once for the CPU, with the
 // schemas, and where nvcc is once more with QIRL_CUDA, for the CUDA implementations alone.
+#include <algorithm>
+
 #include "bindings.h"
 #include "philox.h"
 
@@ -12,6 +14,17 @@ extern "C" const char* qirl_philox_normal(const qirl::NormalCall* call, cudaStre
   on_cpu(call.calls, 4096, "philox: counter words must fit uint32, and every row must index `prompt`", \
          [&](int64_t i) { return call.run(i); })
 #endif
+
+// The error of the last op on this thread, up to `size` bytes with their end; returns its length, 0 where there is none.
+extern "C" size_t qirl_take_error(char* text, size_t size) {
+  const size_t length = std::min(last_error.size(), size - 1);
+  if (length) {
+    std::memcpy(text, last_error.data(), length);
+    text[length] = '\0';
+    last_error.clear();
+  }
+  return length;
+}
 
 static Tensor philox_words(Tensor counter, int64_t seed) {
   const int64_t* words = Beside{counter}.integers(counter, "counter", 2);
@@ -47,6 +60,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qirl, CPU, m) {
 #endif
-  m.impl("philox_words", TORCH_BOX(&philox_words));
-  m.impl("philox_normal", TORCH_BOX(&philox_normal));
+  m.impl("philox_words", GUARDED(&philox_words));
+  m.impl("philox_normal", GUARDED(&philox_normal));
 }

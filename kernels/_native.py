@@ -1,11 +1,13 @@
 """Loads what `python setup.py build_ext --inplace` made of csrc/, if it was built.
 
 Its ops (`qirl::flow_step`, ...) then exist in torch for the CPU, and for CUDA where torch sees a GPU and nvcc was there.
-Nothing here falls back: op files ask `on(...)` and choose.
+Nothing here falls back: op files ask `on(...)` and choose. No exception leaves csrc, since torch before 2.13 would end the
+process: an op that refuses its input keeps the reason, and `op_of` raises it. So ops are called through `op_of` alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,9 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).resolve().parent
+_errors: list[Callable] = []  # of the loaded libraries
+_CALLS: dict[str, Callable] = {}
+_text = ctypes.create_string_buffer(2048)
 
 
 @functools.cache
@@ -24,9 +29,10 @@ def load() -> bool:
     cpu, cuda = library("cpu"), library("cuda")
     if not cpu.is_file():
         return False
-    torch.ops.load_library(cpu)
-    if cuda.is_file() and torch.cuda.is_available():
-        torch.ops.load_library(cuda)
+    for path in (cpu, cuda):
+        if path == cpu or (cuda.is_file() and torch.cuda.is_available()):
+            torch.ops.load_library(path)
+            _errors.append(ctypes.CDLL(str(path)).qirl_take_error)
     return True
 
 
@@ -51,8 +57,34 @@ def register(op: str, fake: Callable, backward: Callable | None = None, keep: Ca
 
 
 def op_of(name: str) -> Callable:
-    """csrc's op, without the search for an overload at every call."""
-    return getattr(torch.ops.qirl, name).default
+    """csrc's op, without the search for an overload at every call.
+
+    It raises RuntimeError with what the op says of an input that it refuses. A compiled graph calls the op itself; the
+    next call outside raises what one inside refused.
+    """
+    if name not in _CALLS:
+        _CALLS[name] = Checked(getattr(torch.ops.qirl, name).default)
+    return _CALLS[name]
+
+
+class Checked:
+    """csrc's `op` (a torch.ops overload), called so that what it refuses is raised."""
+
+    def __init__(self, op):
+        self.op = op
+
+    def __call__(self, *arguments):
+        result = self.op(*arguments)
+        if not torch.compiler.is_compiling():
+            raise_refusal()
+        return result
+
+
+def raise_refusal() -> None:
+    """Raises RuntimeError if csrc refused an input on this thread since the last call."""
+    for take in _errors:
+        if take(_text, len(_text)):
+            raise RuntimeError(_text.value.decode())
 
 
 def on(op: str, *tensors: torch.Tensor | None) -> dict[str, Callable]:

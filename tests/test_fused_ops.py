@@ -5,6 +5,8 @@ C++ on the CPU, Triton (interpreted where there is no GPU) and CUDA where there 
 
 import contextlib
 import os
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -40,7 +42,7 @@ def device(request, monkeypatch):
             pytest.skip("no GPU")
         monkeypatch.setenv("QIRL_KERNELS", "cuda")
         return "cuda"
-    assert _native.load(), "csrc is not built: run `python setup.py build_ext --inplace`"
+    request.getfixturevalue("csrc")
     monkeypatch.setenv("QIRL_KERNELS", "auto")
     return "cpu"
 
@@ -402,6 +404,7 @@ def recorded(call, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_registered_as_torch_wants_it(device, op, monkeypatch):
     fused, arguments = recorded(calls(device)[op], monkeypatch)
+    fused = fused.op if isinstance(fused, _native.Checked) else fused
     learns = op not in ("flow_step", "group_advantage")  # in its first argument
     first = arguments[0].detach().requires_grad_(learns)
     torch.library.opcheck(fused, (first, *arguments[1:]))
@@ -441,12 +444,44 @@ def test_nft_and_velocity_match_compile_with_their_gradients(device):
         ({"row": torch.tensor([0, 1])}, "row must name the sample of each of the 4 tokens"),
     ],
 )
-def test_what_would_read_beside_the_tensors_is_refused(change, message, monkeypatch):
+def test_what_would_read_beside_the_tensors_is_refused(change, message, monkeypatch, csrc):
     monkeypatch.setenv("QIRL_KERNELS", "auto")
     x, v = draws(2, 4, 16, "cpu")
     given = dict(row=torch.tensor([0, 1, 2, 2]), step=steps(3, "cpu", "ode")) | change
     with pytest.raises(RuntimeError, match=message):
         flow_step(x, v, **given)
+
+
+def test_an_input_refused_in_a_backward_is_an_error_in_python(monkeypatch, csrc):
+    """It must not leave csrc as an exception, which ends the process before torch 2.13."""
+    monkeypatch.setenv("QIRL_KERNELS", "auto")
+    _, v = draws(2, 4, 16, "cpu")
+    row, offset = rows_of((4,), "cpu"), torch.tensor([0, 4])
+    backward = _native.op_of("velocity_match_backward")
+    assert backward(torch.ones(1), v, v, None, row, offset, 1.0, False).shape == v.shape
+    with pytest.raises(RuntimeError, match="row must name the sample of each of the 4 tokens"):
+        backward(torch.ones(1), v, v, None, row[:1], offset, 1.0, False)
+    assert backward(torch.ones(1), v, v, None, row, offset, 1.0, False).shape == v.shape
+
+
+def test_what_a_compiled_graph_refuses_is_raised_by_the_next_call_outside(monkeypatch, csrc):
+    monkeypatch.setenv("QIRL_KERNELS", "auto")
+    x, v = draws(2, 4, 16, "cpu")
+    call = lambda row: flow_step(x, v, row, steps(3, "cpu", "ode"))[0]  # noqa: E731
+    good = torch.tensor([0, 1, 2, 2])
+    torch.compile(call, backend="eager")(torch.tensor([0, 1, 2, 9]))
+    with pytest.raises(RuntimeError, match="every row must be in"):
+        call(good)
+    assert call(good).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "csrc").glob("*_bindings.cpp")), ids=lambda f: f.name
+)
+def test_no_op_is_registered_that_could_throw(file):
+    """m.impl takes what GUARDED made of a function, never the function itself."""
+    implementations = re.findall(r"m\.impl\(\"\w+\", (\w+)\(", file.read_text())
+    assert implementations and set(implementations) == {"GUARDED"}
 
 
 def test_noise_in_channels_that_are_not_fours_is_refused():
