@@ -125,6 +125,9 @@ class Optimizer(Section):
     ema: float = option(
         0.0, "decay of the averaged weights that are evaluated and exported; 0: the weights themselves", ge=0, lt=1
     )
+    max_skipped: int = option(
+        10, "updates skipped in a row (the gradient is not finite) that end the run; 0: it never ends for that", ge=0
+    )
 
     @model_validator(mode="after")
     def _betas_are_decays(self):

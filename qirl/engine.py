@@ -201,11 +201,27 @@ class Engine:
                     raise SystemExit(143)
 
     def update(self, step: int) -> tuple[float, bool]:
-        """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped)."""
+        """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped).
+
+        Raises UserError after optimizer.max_skipped skipped updates in a row, on all ranks: the norm is that of all. The
+        checkpoint keeps their number, so a run that continues counts on.
+        """
         norm, skipped = self.optimizer.step(step)
+        self._count_skipped(step, norm, skipped)
         if self.config.optimizer.ema and not skipped:
             self.weights.blend("ema", min(self.config.optimizer.ema, (1 + step) / (10 + step)))
         return norm, skipped
+
+    def _count_skipped(self, step: int, norm: float, skipped: bool) -> None:
+        count = self.notes["skipped_in_row"] = self.notes.get("skipped_in_row", 0) + 1 if skipped else 0
+        if not 0 < self.config.optimizer.max_skipped <= count:
+            return
+        newest = checkpoint.latest(self.folder.checkpoints)
+        raise UserError(
+            f"step {step + 1}: {count} updates in a row were skipped because the gradient is not finite (its norm is {norm}); "
+            f"no skipped update changed the weights, {f'{newest} stays' if newest else 'no checkpoint was written'}; lower "
+            "optimizer.lr, use model.dtype=float32, look at the data, or raise optimizer.max_skipped (0: never end)"
+        )
 
     def log(self, record: dict) -> None:
         if self.ranks.first:
@@ -253,7 +269,7 @@ class Engine:
         return target
 
 
-FREE_KEYS = ("run.out", "run.keep", "run.tracker", "run.report")
+FREE_KEYS = ("run.out", "run.keep", "run.tracker", "run.report", "optimizer.max_skipped")
 
 
 def summary_of_metrics(name: str, records: list[dict]) -> dict:
