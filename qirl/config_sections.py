@@ -105,6 +105,9 @@ class Lora(Section):
 
 class Model(Section):
     path: str | None = option(None, "model to start from: a diffusers folder or a finished run folder")
+    variant: str | None = option(
+        None, "variant of its weight files, such as fp16; null: those without one, else the only variant in the folder"
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = option(
         "float32", "compute dtype; bfloat16 keeps float32 weights beside"
     )

@@ -40,14 +40,20 @@ def find_model(path: str) -> Path:
 
 
 def world_facts(folder: Path) -> dict:
-    """What a model folder says of its world; another system's folder says nothing and is assumed to know guidance."""
+    """What a model folder says of its world; another system's folder says nothing and is assumed to know guidance.
+
+    Raises UserError for a damaged file and for a text_dim or unconditional of another type.
+    """
     path = folder / WORLD_FILE
     try:
         facts = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         raise UserError(f"{path} is truncated or damaged; copy the model folder again")
+    for name, kind, what in (("text_dim", int, "a whole number"), ("unconditional", bool, "true or false")):
+        if type(facts.get(name, kind())) is not kind:
+            raise UserError(f"{path}: {name}={facts[name]!r} must be {what}; copy the model folder again")
     return facts
 
 
@@ -70,7 +76,7 @@ def model_config(config: Section, world) -> QwenImage21Config:
 
 def build_model(config: Section, world, device, master: torch.dtype) -> QwenImage21:
     if config.model.path is not None:
-        return load_model(find_model(config.model.path), master, device)
+        return load_model(find_model(config.model.path), master, device, variant=config.model.variant)
     model = QwenImage21(model_config(config, world))
     initialise(model, config.run.seed)
     return model.to(device, master)

@@ -43,7 +43,7 @@ def meta_model(config: Section, world: DigitsWorld) -> QwenImage21:
     with torch.device("meta"):
         model = QwenImage21(model_config(config, world)).to(DTYPES[config.model.dtype])
     if config.model.path is not None:
-        check_weights(model, find_model(config.model.path))
+        check_weights(model, find_model(config.model.path), config.model.variant)
     lora = config.model.lora
     if lora.rank and not isinstance(config, DRAWING):
         with torch.device("meta"):

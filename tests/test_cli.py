@@ -54,7 +54,7 @@ SERVE = "host port token_variable batch wait queue timeout max_body max_images m
 KEYS = {
     "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads report tracker",
     "world": "name task prompts text_dim",
-    "model": "path dtype",
+    "model": "path variant dtype",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
     "model.lora": "rank alpha targets",
     "flow": "steps guidance rescale sampler level stochastic storage rollout_tokens base_shift max_shift base_tokens "

@@ -386,6 +386,8 @@ def test_the_policy_hash_is_of_the_tensors_not_of_their_files(tmp_path, tiny_mod
     for part, own in (("b", names[::2]), ("a", names[1::2])):
         save_file({n: state[n] for n in own}, tmp_path / f"split/{part}.safetensors", metadata={"format": "pt"})
     single.unlink()
+    index = {"weight_map": {n: "ba"[i % 2] + ".safetensors" for i, n in enumerate(names)}}
+    (tmp_path / "split/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert probing.policy_hash(tmp_path / "split") == probing.policy_hash(Path(tiny_model))
 
 

@@ -65,7 +65,7 @@ def known_ledger(config: CalibrateConfig) -> Ledger:
     path = Path(config.calibrate.ledger)
     ledger = Ledger(path / LEDGER if path.is_dir() else path)
     header, _ = ledger.read()
-    now = {"policy": policy_hash(find_model(config.model.path)), **sampler_facts(config)}
+    now = {"policy": policy_hash(find_model(config.model.path), config.model.variant), **sampler_facts(config)}
     check_header(ledger.path, header, now, DRAWN)
     return ledger
 

@@ -27,6 +27,7 @@ from qirl.errors import UserError
 from qirl.flow.rollout import grids, rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.weight_files import weight_files
 from qirl.models.weights import check_weights, load_model
 from qirl.packing import Target, cut
 from qirl.parallel.data import Ranks, start
@@ -56,7 +57,8 @@ class Probe:
     def load(self) -> None:
         config = self.config
         if self.model is None:
-            self.model = load_model(find_model(config.model.path), DTYPES[config.model.dtype], self.ranks.device).eval()
+            folder, dtype = find_model(config.model.path), DTYPES[config.model.dtype]
+            self.model = load_model(folder, dtype, self.ranks.device, variant=config.model.variant).eval()
 
 
 def collect(probe: Probe, quiet: bool = False) -> Ledger:
@@ -92,7 +94,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     folder = find_model(config.model.path)
     with torch.device("meta"):
-        check_weights(QwenImage21(model_config(config, world)), folder)
+        check_weights(QwenImage21(model_config(config, world)), folder, config.model.variant)
     if config.flow.guidance != 1 and not world_facts(folder).get("unconditional", True):
         raise UserError(
             f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
@@ -139,7 +141,8 @@ def facts(probe: Probe) -> dict:
     config, rewards = probe.config, probe.rewards
     noise = live_noise(rewards)
     return {
-        "ledger": VERSION, "policy": policy_hash(find_model(config.model.path)), **sampler_facts(config),
+        "ledger": VERSION, "policy": policy_hash(find_model(config.model.path), config.model.variant),
+        **sampler_facts(config),
         "group": config.probe.group, "seed": config.run.seed, "prompts": len(probe.prompts),
         "rewards": [name_of(reward) for reward in rewards], "read_noise": noise,
         **({"reward_options": identity(config.rewards)} if config.rewards else {}),
@@ -159,14 +162,15 @@ def sampler_facts(config: CurateConfig | CalibrateConfig) -> dict:
     return {"dtype": config.model.dtype, "world": world, "flow": flow, "timesteps": timesteps}
 
 
-def policy_hash(folder: Path) -> str:
+def policy_hash(folder: Path, variant: str | None = None) -> str:
     """sha256 (hex) of a model folder's config and of its tensors by name, however they are split into files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
-        holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        files = [(path, stack.enter_context(safe_open(path, "pt"))) for path in weight_files(folder, variant)]
+        holder = {name: (path, file) for path, file in files for name in file.keys()}  # noqa: SIM118
         for name in sorted(holder):
-            tensor = holder[name].get_tensor(name)
+            path, file = holder[name]
+            tensor = file.get_tensor(name)
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -27,10 +27,11 @@ from qirl.parallel.data import Ranks, local, local_part, shard
 
 @dataclass(frozen=True)
 class Source:
-    """Where a teacher's weights are: a checked model folder, or an adapter of the student's base."""
+    """Where a teacher's weights are: a checked model folder (variant: of its files), or an adapter of the student's base."""
 
     folder: Path
     adapter: Adapter | None = None
+    variant: str | None = None
 
 
 def find_sources(config: DistillConfig) -> dict[str, Source]:
@@ -95,10 +96,13 @@ def _model_source(option: str, path: str, student: QwenImage21) -> Source:
 class Teachers:
     """`model` is the active teacher, sharded as the student is; `activate` changes it, `prefetch` prepares the next.
 
-    sources: as `find_sources` returns them. base: the student's base folder, which adapters belong to.
+    sources: as `find_sources` returns them. base: the student's base folder, which adapters belong to; variant: of its
+    weight files.
     """
 
-    def __init__(self, sources: Mapping[str, Source], base: Path, dtype: torch.dtype, ranks: Ranks):
+    def __init__(
+        self, sources: Mapping[str, Source], base: Path, dtype: torch.dtype, ranks: Ranks, variant: str | None = None
+    ):
         adapters = [s.adapter for s in sources.values() if s.adapter is not None]
         self.model = frozen_model(base, adapters, dtype, ranks)
         self.device, self.active = ranks.device, None
@@ -106,12 +110,12 @@ class Teachers:
         self.side = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._parameters = dict(self.model.named_parameters())
         self.only_adapters = len(adapters) == len(sources)
-        shared = self._read(base) if adapters else {}
+        shared = self._read(Source(base, variant=variant)) if adapters else {}
         if self.only_adapters:  # the base stays where it is
             self._write(shared)
             shared = {}
         self.host = {
-            name: (self._read(s.folder) if s.adapter is None else shared) | self._slots(s.adapter)
+            name: (self._read(s) if s.adapter is None else shared) | self._slots(s.adapter)
             for name, s in sources.items()
         }
         if len(sources) == 1:  # it stays on the device
@@ -147,10 +151,10 @@ class Teachers:
         for name, value in values.items():
             local(self._parameters[name]).copy_(value)
 
-    def _read(self, folder: Path) -> dict[str, torch.Tensor]:
+    def _read(self, source: Source) -> dict[str, torch.Tensor]:
         """A model folder's tensors as this rank holds them, by the names of the (possibly adapted) module."""
         found = {}
-        for name, value in read_weights(folder):
+        for name, value in read_weights(source.folder, source.variant):
             name = name if name in self._parameters else name.removesuffix("weight") + "base_layer.weight"
             found[name] = self._keep(name, value)
         return found
@@ -182,7 +186,7 @@ def find_base(config: DistillConfig, student: QwenImage21, teachers: Teachers, f
         return Base(student, adapted=True)
     if teachers.only_adapters:
         return Base(teachers.model, adapted=True)
-    own = Teachers({"base": Source(folder)}, folder, DTYPES[config.model.dtype], ranks)
+    own = Teachers({"base": Source(folder, variant=config.model.variant)}, folder, DTYPES[config.model.dtype], ranks)
     return Base(own.model, adapted=False)
 
 

@@ -95,7 +95,7 @@ def open_distiller(config: DistillConfig) -> Distiller:
     sources = find_sources(config)
     engine = Engine.open(config, world)
     folder = find_model(config.model.path)
-    teachers = Teachers(sources, folder, DTYPES[config.model.dtype], engine.ranks)
+    teachers = Teachers(sources, folder, DTYPES[config.model.dtype], engine.ranks, config.model.variant)
     base = find_base(config, engine.model, teachers, folder, engine.ranks) if options.anchor else None
     return Distiller(config, engine, world, prompts, teachers, base)
 

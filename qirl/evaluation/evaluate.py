@@ -29,6 +29,7 @@ from qirl.evaluation.measure import measure
 from qirl.flow.rollout import rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.weight_files import weight_files
 from qirl.models.weights import load_model
 from qirl.packing import Target, cut
 from qirl.rewards.judge import held_out_judge
@@ -106,7 +107,8 @@ def evaluation_key(config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> st
     import qirl
     import qirl.kernels
 
-    weights = [zlib.crc32(p.read_bytes()) for p in sorted(find_model(config.model.path).glob("*.safetensors"))]
+    files = weight_files(find_model(config.model.path), config.model.variant)
+    weights = [zlib.crc32(path.read_bytes()) for path in files]
     plain = {k: v for k, v in to_dict(config).items() if k in ("world", "flow", "evaluation")}
     plain["evaluation"] = {k: v for k, v in plain["evaluation"].items() if k not in ("guidance", "models")}
     plain |= {"rewards": uuid.uuid4().hex if rewards else identity(config.rewards)}
@@ -166,7 +168,7 @@ def open_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[fl
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(folder, DTYPES[config.model.dtype], device).eval()
+    return load_model(folder, DTYPES[config.model.dtype], device, variant=config.model.variant).eval()
 
 
 def balanced(prompts: Sequence[Prompt], count: int, seed: int) -> list[tuple[Prompt, int]]:

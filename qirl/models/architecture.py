@@ -24,12 +24,17 @@ def from_diffusers(cls: type[Config], values: dict) -> Config:
 
 def check_sizes(config) -> None:
     """Raises UserError unless the rotary axes are even and fill a head, and every size is a whole number above 0."""
-    if sum(config.axes_dims_rope) != config.attention_head_dim or any(d % 2 for d in config.axes_dims_rope):
+    axes, head = config.axes_dims_rope, config.attention_head_dim
+    whole = len(axes) == 3 and all(type(d) is int and d >= 0 for d in axes)
+    if not whole or sum(axes) != head or any(d % 2 for d in axes):
         raise UserError(
-            f"axes_dims_rope={config.axes_dims_rope} must be three even numbers that sum to "
-            f"attention_head_dim={config.attention_head_dim}"
+            f"axes_dims_rope={axes} must be three even numbers of at least 0 that sum to attention_head_dim={head}"
         )
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.type in ("int", "int | None") and value is not None and (type(value) is not int or value < 1):
-            raise UserError(f"model config field {f.name}={value!r} must be a whole number of at least 1")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int | None" and value is None:
+            continue
+        if field.type.startswith("int") and (type(value) is not int or value < 1):
+            raise UserError(f"model config field {field.name}={value!r} must be a whole number of at least 1")
+        if field.type == "bool" and type(value) is not bool:
+            raise UserError(f"model config field {field.name}={value!r} must be true or false")

@@ -48,6 +48,8 @@ class QwenImage21Config:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        if type(self.causal_condition) is not bool:
+            raise UserError(f"model config field causal_condition={self.causal_condition!r} must be true or false")
         if not self.causal_condition:
             raise UserError(
                 "causal_condition=false is not supported: the prefix would depend on the noise level; use a model with true"
@@ -55,6 +57,8 @@ class QwenImage21Config:
         if self.patch_size != 1:
             raise UserError(f"patch_size={self.patch_size} is not supported; 2.1 models have patch_size 1")
         check_sizes(self)
+        if type(self.eps) not in (int, float) or not 0 < self.eps < 1:
+            raise UserError(f"model config field eps={self.eps!r} must be a number in (0, 1), such as 1e-6")
 
     @property
     def width(self) -> int:

@@ -15,61 +15,70 @@ from safetensors.torch import load_file, save_file
 
 from qirl.errors import UserError
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config, plain_linear
+from qirl.models.weight_files import NAME, entry_file, is_index, saved_files, weight_files
 
-CLASS = "QwenImage21Transformer2DModel"
-NAME = "diffusion_pytorch_model"
+CLASS, CONFIG = "QwenImage21Transformer2DModel", "config.json"
 
 
 def load_config(folder: str | Path) -> QwenImage21Config:
     """The model config of a folder. Raises UserError if it is missing, unreadable or of another class."""
-    path = Path(folder) / "config.json"
+    path = Path(folder) / CONFIG
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a folder saved by diffusers or by `qirl export`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__} and no model config; copy it again")
     if values.get("_class_name", CLASS) != CLASS:
         raise UserError(f"{path} describes a {values['_class_name']}; qirl trains {CLASS}")
-    return QwenImage21Config.from_dict(values)
+    try:
+        return QwenImage21Config.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu", make_linear=plain_linear
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    make_linear=plain_linear,
+    variant: str | None = None,
 ) -> QwenImage21:
-    """A model with the weights of a diffusers folder. Raises UserError for missing, truncated or misfit files."""
+    """A model with the weights of a diffusers folder. variant: see `weight_files`.
+
+    Raises UserError for missing, truncated or misfit files.
+    """
     with torch.device("meta"):
         model = QwenImage21(load_config(folder), make_linear)
+    check_weights(model, folder, variant)
     model = model.to(dtype).to_empty(device=device)
-    load_weights(model, folder)
+    wanted = model.state_dict()
+    for name, value in read_weights(folder, variant):
+        with torch.no_grad():
+            wanted[name].copy_(value)
     return model
 
 
-def load_weights(model: torch.nn.Module, folder: str | Path) -> None:
-    """Copies the tensors of a diffusers folder into `model`, file by file."""
-    check_weights(model, folder)
-    wanted = model.state_dict()
-    for name, value in read_weights(folder):
-        with torch.no_grad():
-            wanted[name].copy_(value)
+def read_weights(folder: str | Path, variant: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a diffusers folder by name, one file in memory at a time. Raises UserError as `load_model` does."""
+    for path in weight_files(folder, variant):
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
+        yield from tensors.items()
 
 
-def read_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a diffusers folder by name, one file in memory at a time."""
-    for path in _weight_files(Path(folder)):
-        yield from _read(path).items()
-
-
-def check_weights(model: torch.nn.Module, folder: str | Path) -> None:
+def check_weights(model: torch.nn.Module, folder: str | Path, variant: str | None = None) -> None:
     """Compares the files' headers with `model` (which may be on the meta device); reads no weights.
 
     Raises UserError for a missing or truncated file, a tensor that is missing or too many, or of another shape.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = set(wanted)
-    for path in _weight_files(Path(folder)):
+    for path in weight_files(folder, variant):
         for name, shape in _shapes(path).items():
             if name not in wanted:
                 raise UserError(
@@ -79,6 +88,8 @@ def check_weights(model: torch.nn.Module, folder: str | Path) -> None:
                 raise UserError(
                     f"{path.name}: '{name}' has shape {shape}, config.json asks for {wanted[name]}; take both from one model"
                 )
+            if name not in missing:
+                raise UserError(f"{path.name} holds '{name}', which another shard holds too; copy the folder again")
             missing.discard(name)
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} tensors, first '{min(missing)}'; copy the folder again")
@@ -92,40 +103,39 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{NAME}.safetensors.index.json"
-    single = folder / f"{NAME}.safetensors"
-    if index.exists():
-        try:
-            names = json.loads(index.read_text())["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is truncated or no index of shards; copy it again") from None
-        files = [folder / f for f in sorted(set(names))]
-    else:
-        files = [single]
-    for path in files:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; copy the model folder again, or give one saved by diffusers")
-    return files
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
-
-
 def save_model(
     config: QwenImage21Config, state: dict[str, torch.Tensor], folder: str | Path, max_shard: str = "5GB"
 ) -> None:
-    """Writes a folder that diffusers' `from_pretrained` and `load_model` read unchanged."""
+    """Writes a folder that diffusers' `from_pretrained` and `load_model` read unchanged, in place of a model that is there.
+
+    Everything is written beside the old model first. Then config.json goes, the old weights and indices go, the new ones
+    come, and config.json last: a save that is cut off leaves the old model, no model, or the new one, never a mixture.
+    Raises UserError where the folder cannot be written.
+    """
+    folder = Path(folder)
+    new = folder / "saving.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        _write_files(config, state, new, max_shard)
+        (folder / CONFIG).unlink(missing_ok=True)
+        for path in saved_files(folder):
+            path.unlink()
+        for path in sorted(new.iterdir(), key=lambda p: (p.name == CONFIG, is_index(p))):
+            os.replace(path, folder / path.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the model {folder} ({reason}); free disk space or choose another folder") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_files(config: QwenImage21Config, state: dict[str, torch.Tensor], folder: Path, max_shard: str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS, **fields}, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"_class_name": CLASS, **fields}, indent=2) + "\n")
     split = split_torch_state_dict_into_shards(
         state, filename_pattern=NAME + "{suffix}.safetensors", max_shard_size=max_shard
     )
@@ -150,7 +160,10 @@ def copy_model(source: str | Path, target: str | Path) -> Path:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        for path in (*source.glob("*.json"), *_weight_files(source)):
+        files = weight_files(source)
+        entry = entry_file(source)
+        texts = [p for p in source.glob("*.json") if not is_index(p) or p == entry]
+        for path in (*texts, *files):
             shutil.copyfile(path, temporary / path.name)
         os.replace(temporary, target)
     except OSError as error:
