@@ -28,7 +28,7 @@ from qirl.flow.rollout import grids, rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weight_files import weight_files
-from qirl.models.weights import check_weights, load_model
+from qirl.models.weights import check_values, check_weights, load_model
 from qirl.packing import Target, cut
 from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
@@ -163,7 +163,10 @@ def sampler_facts(config: CurateConfig | CalibrateConfig) -> dict:
 
 
 def policy_hash(folder: Path, variant: str | None = None) -> str:
-    """sha256 (hex) of a model folder's config and of its tensors by name, however they are split into files."""
+    """sha256 (hex) of a model folder's config and of its tensors by name, however they are split into files.
+
+    Raises UserError for weights that are not finite.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with contextlib.ExitStack() as stack:
         files = [(path, stack.enter_context(safe_open(path, "pt"))) for path in weight_files(folder, variant)]
@@ -171,6 +174,7 @@ def policy_hash(folder: Path, variant: str | None = None) -> str:
         for name in sorted(holder):
             path, file = holder[name]
             tensor = file.get_tensor(name)
+            check_values(path, name, tensor)
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import Adapter, add_slots, fill, is_adapter, read_adapter
 from qirl.models.lora import adapter_off
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
-from qirl.models.weights import check_weights, load_config, read_weights
+from qirl.models.weights import check_values, check_weights, load_config, read_weights
 from qirl.parallel.data import Ranks, local, local_part, shard
 
 
@@ -66,6 +66,9 @@ def _adapter_source(option: str, folder: Path, base: Path, student: QwenImage21)
     if own is not None and own.resolve() != base.resolve():
         raise UserError(f"{option} is an adapter of {own}, the student starts from {base}; use one base for both")
     adapter.check(student, folder)
+    for name, matrices in adapter.matrices.items():
+        for letter, value in zip("AB", matrices, strict=True):
+            check_values(folder, f"{name}.lora_{letter}.weight", value)
     return Source(folder, adapter)
 
 

@@ -48,7 +48,7 @@ def load_model(
 ) -> QwenImage21:
     """A model with the weights of a diffusers folder. variant: see `weight_files`.
 
-    Raises UserError for missing, truncated or misfit files.
+    Raises UserError for missing, truncated or misfit files and for weights that are not finite.
     """
     with torch.device("meta"):
         model = QwenImage21(load_config(folder), make_linear)
@@ -68,7 +68,22 @@ def read_weights(folder: str | Path, variant: str | None = None) -> Iterator[tup
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
-        yield from tensors.items()
+        for name, value in tensors.items():
+            check_values(path, name, value)
+            yield name, value
+
+
+def check_values(path: str | Path, name: str, value: torch.Tensor) -> None:
+    """Raises UserError for a weight that is no floating-point tensor or holds a NaN or an infinity."""
+    if not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: '{name}' is {kind}, not floating point; take the model's weights before quantisation")
+    finite = (value.float() if value.element_size() == 1 else value).isfinite()  # isfinite knows no float8
+    if not finite.all():
+        raise UserError(
+            f"{path}: '{name}' holds {int((~finite).sum())} of {value.numel()} values that are NaN or infinite; "
+            "take weights from before the training diverged, or copy them again"
+        )
 
 
 def check_weights(model: torch.nn.Module, folder: str | Path, variant: str | None = None) -> None:
