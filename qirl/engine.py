@@ -209,8 +209,8 @@ class Engine:
     def update(self, step: int) -> tuple[float, bool]:
         """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped).
 
-        Raises UserError after optimizer.max_skipped skipped updates in a row, on all ranks: the norm is that of all. The
-        checkpoint keeps their number, so a run that continues counts on.
+        Raises UserError after optimizer.max_skipped skipped updates in a row, on all ranks: the norm is that of all.
+        The checkpoint keeps their number, so a run that continues counts on.
         """
         norm, skipped = self.optimizer.step(step)
         self._count_skipped(step, norm, skipped)
@@ -224,9 +224,10 @@ class Engine:
             return
         newest = checkpoint.latest(self.folder.checkpoints)
         raise UserError(
-            f"step {step + 1}: {count} updates in a row were skipped because the gradient is not finite (its norm is {norm}); "
-            f"no skipped update changed the weights, {f'{newest} stays' if newest else 'no checkpoint was written'}; lower "
-            "optimizer.lr, use model.dtype=float32, look at the data, or raise optimizer.max_skipped (0: never end)"
+            f"step {step + 1}: {count} updates in a row were skipped because the gradient is not finite (its norm is "
+            f"{norm}); no skipped update changed the weights, "
+            f"{f'{newest} stays' if newest else 'no checkpoint was written'}; lower optimizer.lr, look at the data, or "
+            "raise optimizer.max_skipped (0: never end)"
         )
 
     def log(self, record: dict) -> None:

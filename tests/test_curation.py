@@ -234,7 +234,7 @@ def test_the_probe_samples_as_training_does_but_with_noise_of_its_own(tmp_path, 
     chosen = [(p, 0) for p in probe.prompts[:4]]
     exp, _ = sample(trainer, chosen, probing.PROBE_ITERATION)
     images = trainer.world.decode(exp.x0)
-    assert np.array_equal(images, probing.draw(probe, [p for p, _ in chosen]))
+    assert np.array_equal(images, probe.world.decode(probing.draw(probe, [p for p, _ in chosen])))
     assert trainer.config.run.steps - 1 < probing.PROBE_ITERATION
     other, _ = sample(trainer, chosen, 0)
     assert not np.array_equal(images, trainer.world.decode(other.x0))
@@ -243,8 +243,8 @@ def test_the_probe_samples_as_training_does_but_with_noise_of_its_own(tmp_path, 
 def test_an_image_does_not_depend_on_what_it_is_drawn_with(tmp_path, tiny_model):
     probe = probing.open_probe(curate_config(tmp_path, tiny_model, {"model": {"dtype": "float64"}}), [colours])
     probe.load()
-    together = probing.draw(probe, probe.prompts)
-    alone = np.concatenate([probing.draw(probe, [p]) for p in probe.prompts])
+    together = probe.world.decode(probing.draw(probe, probe.prompts))
+    alone = np.concatenate([probe.world.decode(probing.draw(probe, [p])) for p in probe.prompts])
     assert np.array_equal(together, alone)
     p, world = probe.prompts[0], probe.world  # written out: no batches, the first image alone
     one = stream(3, [p.id], [0], probing.PROBE_ITERATION)

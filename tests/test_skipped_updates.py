@@ -60,7 +60,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.filterwarnings("ignore:step")
+@pytest.mark.filterwarnings("ignore:step", "ignore:.*latents are not finite")
 @pytest.mark.parametrize("command", ["pretrain", "train", "distill", "reward train"])
 def test_a_run_whose_updates_are_all_skipped_ends_on_its_last_good_checkpoint(commands, tmp_path, command):
     arguments = commands(command)
@@ -77,7 +77,7 @@ def test_a_run_whose_updates_are_all_skipped_ends_on_its_last_good_checkpoint(co
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.filterwarnings("ignore:step")
+@pytest.mark.filterwarnings("ignore:step", "ignore:.*latents are not finite")
 def test_zero_lets_a_run_skip_to_its_end(commands, tmp_path):
     arguments = commands("pretrain")
     assert qirl(*arguments)[0] == 2
@@ -87,7 +87,7 @@ def test_zero_lets_a_run_skip_to_its_end(commands, tmp_path):
     assert [r["skipped"] for r in records] == [0] + [1] * 8
 
 
-@pytest.mark.filterwarnings("ignore:step")
+@pytest.mark.filterwarnings("ignore:step", "ignore:.*latents are not finite")
 def test_an_update_that_is_not_skipped_begins_the_count_anew(opened):
     engine = opened({"optimizer": {"max_skipped": 2}}).engine
     parameter = next(iter(engine.weights.current.values()))

@@ -179,7 +179,7 @@ def test_a_second_save_replaces_the_first_whatever_its_shards(tmp_path, before, 
 
 
 def save_cut_off(after: int, *arguments) -> bool:
-    """Saves in a process that ends, without any clean-up, at the file operation of that number; whether it was reached."""
+    """Saves in a process that ends, without clean-up, at the file operation of that number; whether it got there."""
     if (child := os.fork()) == 0:
         left = after
 

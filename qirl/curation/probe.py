@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from safetensors import safe_open
@@ -24,7 +23,7 @@ from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import DTYPES, Stop, find_model, model_config, world_facts
 from qirl.errors import UserError
-from qirl.flow.rollout import grids, rollout
+from qirl.flow.rollout import grids, not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weight_files import weight_files
@@ -186,8 +185,8 @@ def batches(config: CurateConfig | CalibrateConfig, world: DigitsWorld, prompts:
     return [range(first, min(first + size, prompts)) for first in range(0, prompts, size)]
 
 
-def draw(probe: Probe, prompts: Sequence[Prompt]) -> np.ndarray:
-    """uint8 [prompts * group, H, W, 3], the images of a prompt together, by the training sampler."""
+def draw(probe: Probe, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+    """Finished latents [tokens, C] of prompts * group samples, those of a prompt together, by the training sampler."""
     config, world = probe.config, probe.world
     flow, group, device = config.flow, config.probe.group, probe.ranks.device
     targets = [Target(i, world.height, world.width) for i in range(len(prompts)) for _ in range(group)]
@@ -204,7 +203,7 @@ def draw(probe: Probe, prompts: Sequence[Prompt]) -> np.ndarray:
         rows = draws.rows(torch.tensor(run, device=device))
         out = rollout(probe.model, conditions, own, rows, flow, nodes and [nodes[i] for i in run], negatives)
         latents += out.latents()
-    return world.decode(latents)
+    return latents
 
 
 def _twice(config: CurateConfig | CalibrateConfig) -> int:
@@ -239,9 +238,10 @@ def _collect(probe: Probe, ledger: Ledger, todo: Sequence[range], done: int, qui
 
 def _samples(probe: Probe, run: range) -> list[Sample]:
     group, prompts, samples = probe.config.probe.group, [probe.prompts[i] for i in run], []
-    for i, image in enumerate(draw(probe, prompts)):
+    latents = draw(probe, prompts)
+    for i, (image, bad) in enumerate(zip(probe.world.decode(latents), not_finite(latents), strict=True)):
         p = prompts[i // group]
-        samples.append(Sample(run[0] * group + i, p.id, p.text, image, p.category, p.sources))
+        samples.append(Sample(run[0] * group + i, p.id, p.text, image, p.category, p.sources, failed=bad))
     return samples
 
 
@@ -275,7 +275,7 @@ def _write(probe: Probe, ledger: Ledger, rows: list[tuple[int, dict]] | UserErro
     if failed > limit:
         raise UserError(
             f"{failed:.0%} of {len(images)} images could not be scored, more than advantage.max_failed={limit:.0%}; "
-            "mend the reward, then start the same command again"
+            "mend the reward (or, if latents are not finite, the model), then start the same command again"
         )
     new = [line for place, line in lines if place >= done]
     if probe.ranks.first:

@@ -27,7 +27,7 @@ from qirl.parallel.data import Ranks, local, local_part, shard
 
 @dataclass(frozen=True)
 class Source:
-    """Where a teacher's weights are: a checked model folder (variant: of its files), or an adapter of the student's base."""
+    """Where a teacher's weights are: a checked model folder (its variant), or an adapter of the student's base."""
 
     folder: Path
     adapter: Adapter | None = None

@@ -26,7 +26,7 @@ from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import DTYPES, find_model, model_config, world_facts
 from qirl.errors import UserError
 from qirl.evaluation.measure import measure
-from qirl.flow.rollout import rollout
+from qirl.flow.rollout import not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weight_files import weight_files
@@ -193,7 +193,10 @@ def draw(
     seed: int,
     budget: int,
 ) -> np.ndarray:
-    """uint8 [prompts, group, H, W, 3] by ode; prompts come with the number of earlier groups of the same prompt."""
+    """uint8 [prompts, group, H, W, 3] by ode; prompts come with the number of earlier groups of the same prompt.
+
+    Raises UserError where latents are not finite.
+    """
     tokens = world.height * world.width * (2 if flow.guidance != 1 else 1)
     images = []
     for run in cut([tokens * group] * len(prompts), max(budget, tokens * group), "evaluation.batch_tokens"):
@@ -204,8 +207,13 @@ def draw(
         draws = stream(seed, ids, samples, 0, next(model.parameters()).device)
         conditions = [world.condition(p) for p, _ in own]
         negatives = [world.negative(p) for p, _ in own]
-        out = rollout(model, conditions, targets, draws, flow, negatives=negatives)
-        images.append(world.decode(out.latents()))
+        latents = rollout(model, conditions, targets, draws, flow, negatives=negatives).latents()
+        if failed := sum(not_finite(latents)):
+            raise UserError(
+                f"{failed} of {len(latents)} latents at guidance {flow.guidance:g} are not finite, so they are no "
+                "images to judge; use model.dtype=float32 or a model that has not diverged"
+            )
+        images.append(world.decode(latents))
     flat = np.concatenate(images)
     return flat.reshape(len(prompts), group, *flat.shape[1:])
 

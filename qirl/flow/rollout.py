@@ -6,7 +6,8 @@ target tokens only, the conditional and unconditional ones in one pack. The step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,37 @@ class Rollout:
     def latents(self) -> list[torch.Tensor]:
         """The finished latents per sample, [tokens, C]."""
         return list(self.x0.split(list(self.lengths)))
+
+
+def not_finite(latents: Sequence[torch.Tensor]) -> list[bool]:
+    """Which samples' finished latents hold a NaN or an infinity: those have failed and are no images. Warns of them."""
+    failed = _failed(latents)
+    if any(failed):
+        warnings.warn(f"{sum(failed)} of {len(failed)} latents are not finite: these samples failed", stacklevel=2)
+    return failed
+
+
+def _failed(latents: Sequence[torch.Tensor]) -> list[bool]:
+    """One wait for the device, whatever their number."""
+    return [not fine for fine in torch.stack([x.isfinite().all() for x in latents]).tolist()] if len(latents) else []
+
+
+def without_failed(
+    x0: Sequence[torch.Tensor], kept: Mapping[tuple[int, int], Kept]
+) -> tuple[list[torch.Tensor], dict[tuple[int, int], Kept]]:
+    """Finished latents and transitions with zeros in place of samples that are not finite: they weigh 0 in the update,
+    and 0 times NaN would be NaN."""
+    failed = _failed(x0)
+    if not any(failed):
+        return list(x0), dict(kept)
+
+    def zeros(old: Kept) -> Kept:
+        return Kept(*(torch.zeros_like(value) for value in (old.x, old.x_next, old.v)))
+
+    return (
+        [torch.zeros_like(x) if bad else x for x, bad in zip(x0, failed, strict=True)],
+        {key: zeros(old) if failed[key[0]] else old for key, old in kept.items()},
+    )
 
 
 def grids(targets: Sequence[Target], flow: Flow, device="cpu") -> torch.Tensor:

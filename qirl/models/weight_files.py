@@ -62,7 +62,7 @@ def _variants(folder: Path) -> dict[str, Path]:
 
 
 def entry_file(folder: Path, variant: str | None = None) -> Path:
-    """The index or the single file of what `weight_files` reads; it may be missing. Raises its UserErrors of a choice."""
+    """The index or single file of what `weight_files` reads; it may be missing. Raises its UserErrors of a choice."""
     found = _variants(folder)
     if variant is not None and variant in found:
         return found[variant]
@@ -78,8 +78,8 @@ def entry_file(folder: Path, variant: str | None = None) -> Path:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
     if pickles:
         raise UserError(
-            f"{folder} has its weights as pickles only ({pickles[0]}), which are never read because a pickle can run any "
-            "code; if you trust it, convert it: diffusers.QwenImage21Transformer2DModel.from_pretrained("
+            f"{folder} has its weights as pickles only ({pickles[0]}), which are never read because a pickle can run "
+            "any code; if you trust it, convert it: diffusers.QwenImage21Transformer2DModel.from_pretrained("
             f"'{folder}', use_safetensors=False).save_pretrained('NEW_FOLDER')"
         )
     return folder / f"{NAME}.safetensors"
@@ -96,7 +96,7 @@ def _named(index: Path) -> list[Path]:
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise UserError(
-                f"{index}: weight_map gives '{tensor}' the file {json.dumps(file)}, which is no name of a safetensors file "
-                "beside it; copy it again"
+                f"{index}: weight_map gives '{tensor}' the file {json.dumps(file)}, which is no name of a safetensors "
+                "file beside it; copy it again"
             )
     return [index.parent / file for file in sorted(set(weight_map.values()))]

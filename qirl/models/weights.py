@@ -62,7 +62,7 @@ def load_model(
 
 
 def read_weights(folder: str | Path, variant: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a diffusers folder by name, one file in memory at a time. Raises UserError as `load_model` does."""
+    """The tensors of a diffusers folder by name, a file in memory at a time. Raises the UserErrors of `load_model`."""
     for path in weight_files(folder, variant):
         try:
             tensors = load_file(path)
@@ -121,10 +121,10 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def save_model(
     config: QwenImage21Config, state: dict[str, torch.Tensor], folder: str | Path, max_shard: str = "5GB"
 ) -> None:
-    """Writes a folder that diffusers' `from_pretrained` and `load_model` read unchanged, in place of a model that is there.
+    """Writes a folder that diffusers' `from_pretrained` and `load_model` read unchanged, in place of a model there.
 
-    Everything is written beside the old model first. Then config.json goes, the old weights and indices go, the new ones
-    come, and config.json last: a save that is cut off leaves the old model, no model, or the new one, never a mixture.
+    Everything is written beside the old model first. Then config.json goes, the old weights and indices go, the new
+    ones come, and config.json last: a save that is cut off leaves the old model, none, or the new one, never a mixture.
     Raises UserError where the folder cannot be written.
     """
     folder = Path(folder)
@@ -141,7 +141,7 @@ def save_model(
             os.replace(path, folder / path.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the model {folder} ({reason}); free disk space or choose another folder") from None
+        raise UserError(f"cannot write the model {folder} ({reason}); free disk space or use another folder") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

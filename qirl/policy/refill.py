@@ -61,7 +61,7 @@ def refill(trainer, drawn: Drawn, step: int, sample: Callable) -> dict[str, int]
         known = list(trainer.components)
         scores, images, _ = scoring.collect(exp.ids if own else exp.ids[:0])
         ids = exp.ids if own else exp.ids[:0]
-        table = gather_scores(trainer, ids, scores, extended, step, most * trainer.config.policy.group)
+        table = gather_scores(trainer, ids, scores, extended, step, most * trainer.config.policy.group, scoring.lost)
         drawn.table = widened(drawn.table, known, trainer.components)
         dead = silent_slots(trainer, table, [p.category for p, _ in fresh])
         alive = {number: slot for i, (number, slot) in enumerate(goes_to.items()) if i not in dead}

@@ -10,6 +10,7 @@ import torch
 
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
+from qirl.flow.rollout import not_finite
 from qirl.parallel.data import gather_rows
 from qirl.policy.advantages import ABSENT, check_categories, table, unknown_weights
 from qirl.policy.composition import compose
@@ -27,19 +28,24 @@ class StepScores:
         self.trainer, self.chosen, self.step = trainer, chosen, step
         self.order: list[int] = []
         self.edits = self.copies = 0
+        self.lost = 0  # samples whose latents are not finite; after `collect` those of all ranks
         self.images: dict[int, np.ndarray] = {}
 
     def submit(self, ids: Sequence[int], latents: Sequence[torch.Tensor]) -> None:
-        """Decodes a finished micro-group and hands it to the background scorer."""
-        images, samples = self.trainer.world.decode(latents), []
-        for index, image in zip(ids, images, strict=True):
+        """Decodes a finished micro-group and hands it to the background scorer; what is not finite has failed."""
+        images, failed, samples = self.trainer.world.decode(latents), not_finite(latents), []
+        for index, image, bad in zip(ids, images, failed, strict=True):
             prompt = self.chosen[index // self.trainer.config.policy.group][0]
             number = sample_number(self.trainer, self.step, index)
-            samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources))
+            samples.append(
+                Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources, failed=bad)
+            )
             self.images[index] = image
         self.order += ids
-        self.edits += sum(sample.task == "edit" for sample in samples)
-        self.copies += int(copies(samples).sum())
+        self.lost += sum(failed)
+        drawn = [sample for sample in samples if not sample.failed]
+        self.edits += sum(sample.task == "edit" for sample in drawn)
+        self.copies += int(copies(drawn).sum())
         self.trainer.scorer.submit(samples)
 
     def collect(self, ids: torch.Tensor) -> tuple[list[Scores], list[np.ndarray], dict[str, float]]:
@@ -50,7 +56,9 @@ class StepScores:
             if self.trainer.engine.ranks.world == 1:
                 raise
             scores, record = error, {}
-        edited, copied = agree_on_scores(self.trainer, scores, (self.edits, self.copies))
+        edited, copied, self.lost = agree_on_scores(self.trainer, scores, (self.edits, self.copies, self.lost))
+        if self.lost:
+            record["scoring/not_finite"] = self.lost
         if edited:  # an edit that returns its source keeps identity the laziest way
             record["copies"] = copied / edited
         place = {index: i for i, index in enumerate(self.order)}
@@ -64,11 +72,12 @@ def sample_number(trainer, step: int, index: int) -> int:
 
 
 def gather_scores(
-    trainer, ids: torch.Tensor, scores: Sequence[Scores], chosen, step: int, rows: int | None = None
+    trainer, ids: torch.Tensor, scores: Sequence[Scores], chosen, step: int, rows: int | None = None, lost: int = 0
 ) -> torch.Tensor:
     """Scores of all ranks' samples, float64 [N, K], sorted by id; as they came into scores.jsonl, then composed.
 
     ids: of this rank's samples. rows: how many each rank gives, where it is not the same everywhere.
+    lost: samples of all ranks whose latents are not finite.
     Raises UserError where more samples failed than advantage.max_failed.
     """
     own = table(scores, trainer.components).reshape(len(ids), len(trainer.components))
@@ -79,9 +88,11 @@ def gather_scores(
     write_scores(trainer, ids, everything, chosen, step)
     failed, limit = float(everything.isnan().any(1).double().mean()), trainer.config.advantage.max_failed
     if failed > limit:
+        why = f" ({lost} of {len(everything)} have latents that are not finite)" if lost else ""
+        fix = "lower optimizer.lr or use model.dtype=float32" if lost else "mend the reward"
         raise UserError(
-            f"step {step + 1}: {failed:.0%} of the samples could not be scored, more than advantage.max_failed="
-            f"{limit:.0%}; mend the reward, then start the same command again"
+            f"step {step + 1}: {failed:.0%} of the samples could not be scored{why}, more than advantage.max_failed="
+            f"{limit:.0%}; {fix}, then start the same command again"
         )
     return compose(everything, trainer.components, trainer.config.composition)
 

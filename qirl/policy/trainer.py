@@ -19,7 +19,7 @@ from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
 from qirl.engine import Engine, find_model, world_facts
 from qirl.errors import UserError
-from qirl.flow.rollout import grids
+from qirl.flow.rollout import grids, without_failed
 from qirl.kernels.philox import stream
 from qirl.packing import Target
 from qirl.parallel.data import agree, gather_rows, world_size
@@ -159,7 +159,8 @@ def train_step(trainer: Trainer, step: int) -> dict:
     exp, slots = sample(trainer, chosen, step, scoring.submit)
     clock.append(time.monotonic())
     scores, images, record = scoring.collect(exp.ids)
-    drawn = Drawn(chosen, slots, exp, scores, images, gather_scores(trainer, exp.ids, scores, chosen, step))
+    table = gather_scores(trainer, exp.ids, scores, chosen, step, lost=scoring.lost)
+    drawn = Drawn(chosen, slots, exp, scores, images, table)
     if config.policy.refill:
         record |= refill(trainer, drawn, step, sample)
     exp = drawn.exp
@@ -201,7 +202,7 @@ def sample(
             done(ids[run].tolist(), latents)
 
     with engine.weights.using(trainer.old):
-        x0, kept = sample_in_batches(trainer, prompts, targets, draws, nodes, done=finished)
+        x0, kept = without_failed(*sample_in_batches(trainer, prompts, targets, draws, nodes, done=finished))
     unset = torch.zeros(len(targets))
     conditions = [world.condition(p) for p in prompts]
     in_objective = config.guidance.scope == "both" and config.flow.guidance != 1
@@ -217,6 +218,9 @@ def assign_advantages(trainer: Trainer, exp: Experience, everything: torch.Tenso
     weights, scale, noise = weigh(trainer, everything, categories)
     control = shuffle_inside(slot, step, config.run.seed) if config.advantage.shuffle else None
     advantage, valid = advantages(everything, slot, weights, config.advantage, noise, control, scale)
+    if control is not None:  # a failed sample that is given another's scores has failed all the same
+        valid &= ~everything.isnan().any(1)
+        advantage = torch.where(valid, advantage, 0)
     exp.advantage, exp.valid = advantage[exp.ids], valid[exp.ids]
     exp.valid_by_slot = valid.view(-1, group).sum(1)
     components = trainer.components

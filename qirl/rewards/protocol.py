@@ -27,7 +27,10 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated image and what was asked for. `image` and `sources` are uint8 [H, W, 3]."""
+    """One generated image and what was asked for. `image` and `sources` are uint8 [H, W, 3].
+
+    failed: its latents are not finite, so there is no image: no reward is asked, and all its scores are NaN.
+    """
 
     id: int
     prompt_id: int
@@ -36,6 +39,7 @@ class Sample:
     category: str = "general"
     sources: tuple[np.ndarray, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    failed: bool = False
 
     @property
     def task(self) -> str:

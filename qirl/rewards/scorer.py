@@ -34,6 +34,11 @@ class Job:
     finished: float = 0.0
     answer: Future = field(default_factory=Future)  # per reward: its results, or the last error
 
+    @property
+    def scored(self) -> list[Sample]:
+        """The samples that rewards see: those that have not failed before."""
+        return [sample for sample in self.samples if not sample.failed]
+
 
 class Scorer:
     """Use as a context manager, or close it; a process that ends closes it too."""
@@ -88,8 +93,11 @@ class Scorer:
 
     async def _run(self, job: Job) -> list[list[Scores] | Exception]:
         async with self._places:
-            job.started = time.monotonic()
-            found = await asyncio.gather(*(self._patiently(reward, job.samples) for reward in self.rewards))
+            job.started, scored = time.monotonic(), job.scored
+            if not scored:
+                job.finished = job.started
+                return [[] for _ in self.rewards]
+            found = await asyncio.gather(*(self._patiently(reward, scored) for reward in self.rewards))
             job.finished = time.monotonic()
         return found
 
@@ -146,7 +154,8 @@ class Scorer:
                 known.update(name for row in results for name in row)
 
     def _scores(self, job: Job, answers: list[list[Scores] | Exception]) -> list[Scores]:
-        """The merged rows of a job; a reward that failed fails all its components for all samples."""
+        """The merged rows of a job; a reward that failed fails all its components for all samples, a sample that
+        failed all components of all rewards."""
         filled = []
         for reward, known, results in zip(self.rewards, self.known, answers, strict=True):
             if isinstance(results, Exception):
@@ -155,9 +164,16 @@ class Scorer:
                         f"reward {name_of(reward)} failed on every call ({type(results).__name__}: {results}); mend it, "
                         "then start the same command again"
                     ) from results
-                results = [dict.fromkeys(sorted(known), math.nan)] * len(job.samples)
+                results = [dict.fromkeys(sorted(known), math.nan)] * len(job.scored)
             filled.append(results)
-        return merge(self.rewards, filled, len(job.samples))
+        rows = iter(merge(self.rewards, filled, len(job.scored)))
+        nothing = dict.fromkeys(sorted(set().union(*self.known)), math.nan)
+        if not nothing and len(job.scored) < len(job.samples):
+            raise UserError(
+                "the latents of all samples that rewards could have scored are not finite; the weights have diverged: "
+                "lower optimizer.lr, use model.dtype=float32, or start from another model"
+            )
+        return [dict(nothing) if sample.failed else next(rows) for sample in job.samples]
 
 
 def score(
