@@ -43,7 +43,7 @@ from qirl.engine import WORLD_FILE, initialise, model_config
 from qirl.flow.grid import sigmas
 from qirl.flow.rollout import rollout
 from qirl.kernels.philox import INITIAL, normal, stream
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.qwen_image_21 import QwenImage21, model_time
 from qirl.models.weights import load_model, save_model
 from qirl.packing import Condition, Target
 from qirl.paths import configs
@@ -130,7 +130,7 @@ def their_call(case: Case, condition: Condition, latents: torch.Tensor, t: torch
     return dict(
         hidden_states=torch.cat([*references, latents.to(condition.text.dtype)], 1),
         encoder_hidden_states=torch.cat(states).expand(batch, -1, -1),
-        timestep=t,
+        timestep=model_time(t, condition.text.dtype),
         img_shapes=[[(1, case.side, case.side)] * (case.references + 1)] * batch,
         img_mask=torch.tensor([mask + [True] * slots], device=case.device).expand(batch, -1),
         return_dict=False,

@@ -42,7 +42,7 @@ def pretrain(config: Source = None, quiet: bool = False, **overrides: Any) -> Pa
 def train(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
     """Reinforcement learning of config.model.path against `rewards` (none: the world's own); returns the model folder.
 
-    A reward takes a list of `qirl.rewards.protocol.Sample` and returns one {component: score in [0, 1]} per sample.
+    A reward takes a list of `qirl.rewards.protocol.Sample` and returns one {component: score}, or one number, per sample.
     """
     from qirl.policy.trainer import train as run
 

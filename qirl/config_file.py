@@ -223,8 +223,8 @@ def _type_name(annotation: Any) -> str:
     names = {int: "int", float: "float", str: "text", bool: "true | false"}
     if annotation in names:
         return names[annotation]
-    if annotation == str | None:
-        return "text | null"
+    if type(None) in get_args(annotation):  # "x | None"
+        return f"{_type_name(get_args(annotation)[0])} | null"
     args = [_type_name(a) for a in get_args(annotation) if a is not ...]
     if get_origin(annotation) is tuple:
         return f"list of {args[0]}" if ... in get_args(annotation) else f"{len(args)} x {args[0]}"

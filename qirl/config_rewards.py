@@ -56,7 +56,23 @@ class JudgeOptions(Remote):
         return self
 
 
-class PythonOptions(Section):
+class Ranged(Section):
+    """A reward whose scores may have any scale."""
+
+    range: tuple[float, float] | None = option(
+        None, "[low, high] of its scores, which are then mapped to [0, 1]; none: they stay as they are"
+    )
+
+    @model_validator(mode="after")
+    def _range_is_one(self):
+        require(
+            self.range is None or self.range[0] < self.range[1],
+            f"range={list(self.range or ())}: the first number must be below the second, as in [0, 1]",
+        )
+        return self
+
+
+class PythonOptions(Ranged):
     kind: Literal["python"] = option("python", "a function of yours, as qirl.train takes it")
     target: str | None = option(None, "its module:function, importable where the command runs", pattern=r"^[\w.]+:\w+$")
 
@@ -66,7 +82,7 @@ class PythonOptions(Section):
         return self
 
 
-class ServerOptions(Remote):
+class ServerOptions(Remote, Ranged):
     kind: Literal["server"] = option("server", "a scorer server, `qirl reward serve`")
     servers: tuple[str, ...] = option(
         (), "addresses of scorer servers of one config, such as http://host:8100", min_length=1

@@ -25,6 +25,8 @@ class Section(BaseModel):
 def _meant(kind: Any, value: Any) -> Any:
     """`value` in the form of the type `kind` where nothing but the notation differs; else as it is."""
     args = get_args(kind)
+    if type(None) in args:  # "x | None"
+        return value if value is None else _meant(args[0], value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(
             _meant(args[min(i, len(args) - 1)] if args[-1] is not ... else args[0], v) for i, v in enumerate(value)

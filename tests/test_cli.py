@@ -36,8 +36,8 @@ REWARDS = {
     f"rewards.NAME({kind})": keys
     for kind, keys in {
         "judge": f"{ASK} rubric omit mode chains model temperature reasoning_tokens pixels",
-        "python": "kind target",
-        "server": f"{ASK} components batch cache",
+        "python": "range kind target",
+        "server": f"range {ASK} components batch cache",
         "clip_score": NETWORK,
         "pick_score": NETWORK,
         "aesthetic": f"{NETWORK} head",

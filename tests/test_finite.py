@@ -15,6 +15,7 @@ from qirl.config_sections import Scoring
 from qirl.errors import UserError
 from qirl.flow.rollout import Kept, not_finite, without_failed
 from qirl.models.weights import read_weights
+from qirl.policy import sampling
 from qirl.policy import trainer as training
 from qirl.rewards.protocol import Sample
 from qirl.rewards.scorer import Scorer
@@ -114,7 +115,7 @@ def overflowing(tiny_model, folder):
 @pytest.fixture
 def lossy(monkeypatch):
     """The second sample of every rollout ends in values that are not finite, as an overflow leaves them."""
-    real = training.rollout
+    real = sampling.rollout
 
     def rollout(*arguments):
         out = real(*arguments)
@@ -125,7 +126,7 @@ def lossy(monkeypatch):
                 kept.x_next[-1], kept.v[0] = torch.nan, torch.inf
         return out
 
-    monkeypatch.setattr(training, "rollout", rollout)
+    monkeypatch.setattr(sampling, "rollout", rollout)
 
 
 @pytest.mark.filterwarnings("ignore:.*latents are not finite")

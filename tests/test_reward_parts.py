@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from qirl import config_parts as options
 from qirl.config import load
 from qirl.errors import UserError
-from qirl.rewards.parts import embedding, faces, ocr, options, pixels
+from qirl.rewards.parts import embedding, faces, ocr, pixels
 from qirl.rewards.parts.faces import Face, FaceIdentity
 from qirl.rewards.protocol import Sample
 from qirl.rewards.registry import build

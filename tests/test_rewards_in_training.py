@@ -70,7 +70,7 @@ from qirl.errors import UserError
 from qirl.policy.trainer import train
 
 def broken(samples):
-    return [{{"red": 1.5}} for _ in samples] if os.environ["RANK"] == "1" else colours(samples)
+    return [{{"red": "1.5"}} for _ in samples] if os.environ["RANK"] == "1" else colours(samples)
 
 if __name__ == "__main__":
     try:
@@ -89,4 +89,4 @@ def test_an_error_of_one_ranks_reward_stops_all_ranks(tmp_path, tiny_model):
     for rank in (0, 1):
         refusal = tmp_path / f"refused{rank}"
         assert refusal.exists(), done.stderr[-2000:]
-        assert "red=1.5 is outside [0, 1]" in refusal.read_text()
+        assert "red='1.5' is no number" in refusal.read_text()

@@ -32,7 +32,7 @@ from qirl.packing import Target, cut
 from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
 from qirl.policy.nodes import draw_nodes
-from qirl.rewards.protocol import Reward, Sample, name_of
+from qirl.rewards.protocol import Reward, Sample, name_of, unit
 from qirl.rewards.registry import identity, rewards_of
 from qirl.rewards.scorer import Scorer
 from qirl.run.folder import RunFolder, write_bytes
@@ -249,6 +249,7 @@ def _rows(probe: Probe, run: range, scorer: Scorer) -> list[tuple[int, dict]] | 
     """This rank's ledger lines with their places, or the error that every rank is to raise."""
     try:
         scores, _ = scorer.collect()
+        scores = [{name: unit(name, value, "a probe") for name, value in row.items()} for row in scores]
     except UserError as error:
         return error
     group, rows = probe.config.probe.group, []

@@ -12,7 +12,8 @@ from qirl.kernels.group_advantage import group_advantage
 from qirl.kernels.philox import DATA, stream, uniform
 from qirl.rewards.protocol import Reward, Scores
 
-ABSENT = -1.0  # in a gathered table: the component does not apply; scores are in [0, 1], NaN is a failure
+# in a gathered table: the component does not apply (NaN is a failure); no reward returns it, and it is finite in float32
+ABSENT = torch.finfo(torch.float32).min
 
 
 def table(scores: Sequence[Scores], components: Sequence[str]) -> torch.Tensor:

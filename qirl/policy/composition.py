@@ -13,15 +13,21 @@ import torch
 
 from qirl.config_sections import Composition
 from qirl.policy.advantages import ABSENT
+from qirl.rewards.protocol import unit
 
 
 def compose(scores: torch.Tensor, components: list[str], options: Composition) -> torch.Tensor:
     """Scores float64 [N, K] in [0, 1], ABSENT or NaN, of `components`: the same after caps and gates.
 
+    Raises UserError for a component of a layer or a gate with a score outside [0, 1].
+
     A component that a sample lacks, or that failed, caps nothing and passes its gate; names that no reward returns do
     nothing.
     """
     place = {name: k for k, name in enumerate(components)}
+    for name in {*options.layers, *options.gates} & place.keys():
+        for value in scores[scores[:, place[name]] != ABSENT, place[name]].tolist():
+            unit(name, value, "composition")
     out, layers = scores.clone(), [place[name] for name in options.layers if name in place]
     for i, low in enumerate(layers):
         fails = _below(scores[:, low], options.failing)

@@ -3,18 +3,23 @@
     def warmth(samples):
         return [{"warmth": float(s.image[..., 0].mean() / 255)} for s in samples]
 
-A reward may say more about itself: `components`, the names it returns (weights are then checked before the run starts),
-and `read_noise`, {component: how much its reading of one image varies}, below which a group gives no signal.
+or to one number per sample (a list, a 1-D tensor or array): one component, named after the function.
+
+A reward may say more about itself: `components`, the names it returns (weights are then checked before the run starts);
+`range`, (low, high) or {component: (low, high)}, whose scores are then mapped to [0, 1] and clipped; and `read_noise`,
+{component: how much its reading of one image varies}, below which a group gives no signal. Advantages are normalised
+inside a group, so any finite score will do in training; curation, calibration, caps and gates need scores in [0, 1].
 
 Plain functions and `async def` both work. A component missing from a sample's dict does not apply to that
-sample; NaN means that scoring failed (section 5 of the algorithm page).
+sample; NaN or None means that scoring failed (section 5 of the algorithm page).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,22 +61,88 @@ def is_async(reward: Reward) -> bool:
 
 
 def name_of(reward: Reward) -> str:
+    while isinstance(reward, functools.partial) and not hasattr(reward, "__name__"):
+        reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def check(reward: Reward, samples: Sequence[Sample], results: Sequence[Scores]) -> None:
-    """Raises UserError if a reward returned the wrong number of results or a value outside [0, 1] that is not NaN."""
+FORM = "return one number or one {component: number} per sample, None or NaN where scoring failed"
+
+
+def rows_of(reward: Reward, samples: Sequence[Sample], results: Any) -> list[Scores]:
+    """What a reward returned, as one {component: float} per sample; scores of a declared range in [0, 1].
+
+    results: a sequence, or a 1-D tensor or array, of numbers, dicts and None. Raises UserError for any other form, for another
+    number of results than samples, and for an infinite score.
+    """
+    if hasattr(results, "tolist"):  # a tensor or an array
+        if results.ndim != 1:
+            raise UserError(f"reward {name_of(reward)} returned an array of shape {tuple(results.shape)}; {FORM}")
+        results = results.tolist()
+    if not isinstance(results, (list, tuple)):
+        raise UserError(f"reward {name_of(reward)} returned {_short(results)}; {FORM}")
     if len(results) != len(samples):
         raise UserError(
-            f"reward {name_of(reward)} returned {len(results)} results for {len(samples)} samples; return one dict per "
-            "sample"
+            f"reward {name_of(reward)} returned {len(results)} results for {len(samples)} samples; return one per sample"
         )
-    for component, value in (pair for row in results for pair in row.items()):
-        if not (math.isnan(value) or 0.0 <= value <= 1.0):
-            raise UserError(
-                f"reward {name_of(reward)}: {component}={value} is outside [0, 1]; map it to that range (NaN where "
-                "scoring failed)"
-            )
+    rows = [row if isinstance(row, Mapping) or row is None else {_component(reward): row} for row in results]
+    names = set(getattr(reward, "components", ())) | {name for row in rows if row is not None for name in row}
+    failed = dict.fromkeys(sorted(names) or [_component(reward)])
+    return [_scores(reward, number, failed if row is None else row) for number, row in enumerate(rows)]
+
+
+def _component(reward: Reward) -> str:
+    name = name_of(reward)
+    if name == "<lambda>":
+        raise UserError("a lambda has no name for its component; return {component: number} per sample, or use def")
+    return name
+
+
+def _scores(reward: Reward, number: int, row: Mapping[str, Any]) -> Scores:
+    return {str(name): _score(reward, number, name, value) for name, value in row.items()}
+
+
+def _score(reward: Reward, number: int, name: str, value: Any) -> float:
+    if value is None:
+        return math.nan
+    if getattr(value, "ndim", 0) != 0 or isinstance(value, (str, bytes)):
+        raise UserError(f"reward {name_of(reward)}, sample {number}: {name}={_short(value)} is no number; {FORM}")
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"reward {name_of(reward)}, sample {number}: {name}={_short(value)} is no number; {FORM}"
+        ) from None
+    if math.isinf(score):
+        raise UserError(
+            f"reward {name_of(reward)}, sample {number}: {name}={score} is not finite; return NaN where scoring failed"
+        )
+    bounds = getattr(reward, "range", None)
+    bounds = bounds.get(name) if isinstance(bounds, Mapping) else bounds
+    if bounds is None or math.isnan(score):
+        return score
+    low, high = bounds
+    return min(1.0, max(0.0, (score - low) / (high - low)))
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+ROUNDING = 1e-6  # of float32, by which a score may miss [0, 1]
+
+
+def unit(component: str, score: float, what: str) -> float:
+    """`score` in [0, 1], as `what` needs it; NaN stays NaN. Raises UserError for one further outside than rounding."""
+    if math.isnan(score) or 0.0 <= score <= 1.0:
+        return score
+    if not -ROUNDING <= score <= 1.0 + ROUNDING:
+        raise UserError(
+            f"{what} needs scores in [0, 1], and {component}={score:g}; declare what its reward can return: "
+            "rewards.NAME.range=[low, high] in the config, or an attribute range = (low, high) of the callable"
+        )
+    return min(1.0, max(0.0, score))
 
 
 def merge(rewards: Sequence[Reward], results: Sequence[Sequence[Scores]], count: int) -> list[Scores]:
@@ -83,5 +154,5 @@ def merge(rewards: Sequence[Reward], results: Sequence[Sequence[Scores]], count:
                 raise UserError(
                     f"two rewards return the component '{min(twice)}' (one is {name_of(reward)}); rename one"
                 )
-            scores.update({component: float(value) for component, value in row.items()})
+            scores.update(row)
     return merged

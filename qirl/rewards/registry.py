@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 
-from qirl.config_rewards import PythonOptions, Remote, RewardOptions
+from qirl.config_rewards import PythonOptions, Remote, RewardOptions, ServerOptions
 from qirl.errors import UserError
-from qirl.rewards.protocol import Reward
+from qirl.rewards.protocol import Reward, name_of
 
 # classes that take (name, options)
 KINDS = {
@@ -68,8 +69,19 @@ def build(options: Mapping[str, RewardOptions]) -> list[Reward]:
 
 def _build(name: str, options: RewardOptions) -> Reward:
     if isinstance(options, PythonOptions):
-        return _load(options.target, f"rewards.{name}.target={options.target}")
-    return _load(KINDS[options.kind], f"rewards.{name}")(name, options)
+        reward = _load(options.target, f"rewards.{name}.target={options.target}")
+        return reward if options.range is None else _ranged(reward, options.range)
+    reward = _load(KINDS[options.kind], f"rewards.{name}")(name, options)
+    if isinstance(options, ServerOptions):
+        reward.range = options.range
+    return reward
+
+
+def _ranged(reward: Reward, bounds: tuple[float, float]) -> Reward:
+    """`reward` with a range of its own: the function itself may stand in a config twice."""
+    own = functools.partial(reward)
+    own.__dict__.update(getattr(reward, "__dict__", {}), __name__=name_of(reward), range=bounds)
+    return own
 
 
 def _load(target: str, what: str):

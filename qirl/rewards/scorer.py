@@ -3,7 +3,7 @@
 One event loop in a thread of its own runs for as long as the scorer. A micro-group is one job; `scoring.workers` jobs run
 at a time. Plain functions run in threads, `async def` rewards (a remote judge) on the loop. A call that raises or runs
 out of time is repeated with growing pauses; when that does not help, its samples get NaN, which means "failed" and is
-never a score. What a user must mend (a value outside [0, 1], one result too few) is raised at once.
+never a score. What a user must mend (a score that is no number, one result too few) is raised at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from qirl.config_sections import Scoring
 from qirl.errors import UserError
-from qirl.rewards.protocol import Reward, Sample, Scores, check, is_async, merge, name_of
+from qirl.rewards.protocol import Reward, Sample, Scores, is_async, merge, name_of, rows_of
 from qirl.rewards.remote import chunks
 
 
@@ -106,8 +106,7 @@ class Scorer:
         for attempt in range(self.options.retries + 1):
             try:
                 results = await asyncio.wait_for(self._call(reward, samples), self.options.timeout)
-                check(reward, samples, results)
-                return results
+                return rows_of(reward, samples, results)
             except UserError:
                 raise
             except (TimeoutError, asyncio.TimeoutError):  # one and the same from Python 3.11 on

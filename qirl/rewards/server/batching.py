@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qirl.rewards.protocol import Reward, Sample, Scores, check, is_async, merge, name_of
+from qirl.rewards.protocol import Reward, Sample, Scores, is_async, merge, name_of, rows_of
 
 
 class Full(Exception):
@@ -107,8 +107,7 @@ class Batcher:
         """A reward's results, or why there are none."""
         try:
             results = await asyncio.wait_for(_call(reward, samples), self.timeout)
-            check(reward, samples, results)
-            return results
+            return rows_of(reward, samples, results)
         except asyncio.TimeoutError:
             return f"no result within {self.timeout:g} s"
         except Exception as error:

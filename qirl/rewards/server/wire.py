@@ -94,8 +94,8 @@ def scores_of(answer: Any, ids: Sequence[int]) -> dict[int, Scores]:
             found[number] = {str(name): math.nan if v is None else float(v) for name, v in scores.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(f"a result is not what was asked for ({error!r})") from None
-        if bad := [v for v in found[number].values() if not (math.isnan(v) or 0 <= v <= 1)]:
-            raise ServerError(f"a score of {bad[0]} is outside [0, 1]")
+        if bad := [v for v in found[number].values() if math.isinf(v)]:
+            raise ServerError(f"a score of {bad[0]} is not finite")
         if any(isinstance(v, bool) or v is not None and v != v for v in scores.values()):
             raise ServerError("a score is no number")
     if found.keys() != set(ids):
