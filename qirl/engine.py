@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from qirl.models.weights import load_config, load_model, save_model
 from qirl.optim import Optimizer
 from qirl.parallel.data import Ranks, agree, shard, start
 from qirl.policy.weights import Weights
-from qirl.run import checkpoint
+from qirl.run import checkpoint, lock
 from qirl.run.folder import RunFolder, write_json
 from qirl.run.logs import JsonLines
 from qirl.run.progress import Live
@@ -131,11 +133,15 @@ class Engine:
             torch.set_num_threads(config.run.threads)
         half = DTYPES[dtype] == torch.bfloat16
         ranks = start(always_mesh=half)
-        if ranks.first:
-            RunFolder.check(config.run.out, to_dict(config), FREE_KEYS)
+        values, out = to_dict(config), config.run.out
+        fix = f"cannot write the run folder {out}; choose another out folder"
+        check = partial(RunFolder.check, out, values, FREE_KEYS, rising_keys=RISING_KEYS)
+        checkpoint.together(lambda: check() if ranks.first else None, fix)  # a refusal ends every rank
         model = build(ranks.device, torch.float32 if half else DTYPES[dtype])
-        folder = RunFolder.open(config.run.out, to_dict(config), free_keys=FREE_KEYS, writer=ranks.first)
-        ranks.barrier()
+        folders = []
+        open_folder = partial(RunFolder.open, out, values, free_keys=FREE_KEYS, rising_keys=RISING_KEYS)
+        checkpoint.together(lambda: folders.append(open_folder(writer=ranks.first)), fix)
+        folder = folders[0]
         shard(model, ranks, DTYPES[dtype], blocks(model) if blocks else None)
         weights = Weights(model, lora)
         optimizer = Optimizer(model, config.optimizer, config.run.steps)
@@ -189,6 +195,8 @@ class Engine:
         SystemExit 143 after a SIGTERM.
         """
         run, done = self.config.run, self.resume()
+        if "run.steps" in self.folder.risen:
+            print(self._longer(done), file=sys.stderr)
         every = run.samples_every if write_samples else 0
         with Stop() as stop, Live(name, run.steps, done, show=self.ranks.first and not quiet) as live:
             if every and done == 0:
@@ -205,6 +213,18 @@ class Engine:
                     self.save(step + 1)
                 if stopping and not last:
                     raise SystemExit(143)
+
+    def _longer(self, done: int) -> str:
+        """What a higher run.steps means for the run that goes on from step `done`."""
+        before, now = self.folder.risen["run.steps"]
+        if self.config.optimizer.decay == "none":
+            schedule = "the constant learning rate stays as it is"
+        else:
+            schedule = (
+                f"the {self.config.optimizer.decay} schedule of the learning rate now decays to step {now} "
+                f"(it ended at step {before} for the steps that are done)"
+            )
+        return f"run.steps was {before} and is {now} now: the run goes on from step {done}, {schedule}"
 
     def update(self, step: int) -> tuple[float, bool]:
         """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped).
@@ -256,6 +276,7 @@ class Engine:
         if self.trackers:
             self.trackers.close()
         self.ranks.barrier()
+        lock.release(self.folder.path)
 
     def export(self, facts: dict) -> Path:
         """Writes model/ (a diffusers folder, adapters merged, averaged weights where the run keeps them) and, for a LoRA
@@ -276,7 +297,8 @@ class Engine:
         return target
 
 
-FREE_KEYS = ("run.out", "run.keep", "run.tracker", "run.report", "optimizer.max_skipped")
+FREE_KEYS = ("run.out", "run.keep", "run.tracker", "run.report", "run.checkpoint_every", "optimizer.max_skipped")
+RISING_KEYS = ("run.steps",)
 
 
 def summary_of_metrics(name: str, records: list[dict]) -> dict:

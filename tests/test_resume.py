@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import yaml
 from tiny_runs import BASE, PRETRAIN, merge
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -150,3 +151,22 @@ def test_finished_run_is_left_as_it_is_by_the_same_command_and_by_another_config
     assert other.wait(120) != 0
     assert "holds a run of another config: optimizer.lr (0.001 there, 0.5 now)" in (folder / "log.txt").read_text()
     assert state() == before
+
+
+@pytest.mark.parametrize("command", ["pretrain", "train"])
+def test_finished_run_with_a_higher_run_steps_goes_on_as_one_uninterrupted_longer_run(command, tmp_path, tiny_model):
+    folders = {name: tmp_path / name for name in ("whole", "longer")}
+    for folder in folders.values():
+        folder.mkdir()
+    values = merge(PRETRAIN, {"pretrain": {"batch": 24}})
+    if command == "train":
+        values = rl_values(tmp_path, tiny_model)
+    values = merge(values, {"run": {"checkpoint_every": 3, "samples_every": 4}, "optimizer": {"decay": "none"}})
+    finish(command, folders["whole"], merge(values, {"run": {"steps": 8}}))
+    finish(command, folders["longer"], merge(values, {"run": {"steps": 4}}))
+    finish(command, folders["longer"], merge(values, {"run": {"steps": 8, "checkpoint_every": 5}}))
+    assert_same(folders["longer"], content(folders["whole"]))
+    config = yaml.safe_load((folders["longer"] / "out" / "config.yaml").read_text())
+    assert (config["run"]["steps"], config["run"]["checkpoint_every"]) == (8, 5)
+    line = "run.steps was 4 and is 8 now: the run goes on from step 4, the constant learning rate stays as it is"
+    assert line in (folders["longer"] / "log.txt").read_text()

@@ -73,6 +73,17 @@ def test_free_keys_may_differ_alone_or_as_a_group(tmp_path):
         RunFolder.open(tmp_path / "run", changed("run.seed", 4), free_keys=("run.out", "ru"))
 
 
+def test_a_rising_key_may_go_up_and_is_written_but_not_go_down(tmp_path):
+    JsonLines(RunFolder.open(tmp_path / "run", CONFIG).metrics).append({"step": 1})
+    rising = {"rising_keys": ("run.seed",)}
+    folder = RunFolder.open(tmp_path / "run", changed("run.seed", 40), **rising)
+    assert folder.risen == {"run.seed": (CONFIG["run"]["seed"], 40)}
+    assert yaml.safe_load(folder.config.read_text())["run"]["seed"] == 40
+    assert RunFolder.open(tmp_path / "run", changed("run.seed", 40), **rising).risen == {}
+    with pytest.raises(UserError, match=r"run.seed \(40 there, 39 now\)"):
+        RunFolder.open(tmp_path / "run", changed("run.seed", 39), **rising)
+
+
 def test_a_run_that_never_began_may_change_its_config(tmp_path):
     """A wrong option that only the first step can find must not make the corrected command "another config"."""
     RunFolder.open(tmp_path / "run", CONFIG)

@@ -35,6 +35,7 @@ from qirl.policy.nodes import draw_nodes
 from qirl.rewards.protocol import Reward, Sample, name_of, unit
 from qirl.rewards.registry import identity, rewards_of
 from qirl.rewards.scorer import Scorer
+from qirl.run import lock
 from qirl.run.folder import RunFolder, write_bytes
 from qirl.run.progress import Live
 
@@ -127,6 +128,7 @@ def begin(probe: Probe, ledger: Ledger) -> int:
     done = ledger.open(header, probe.prompts) if ledger.path.exists() else 0
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        lock.hold(folder.path)
         write_bytes(folder.config, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
     except OSError as error:
         raise UserError(

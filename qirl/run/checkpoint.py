@@ -47,13 +47,13 @@ def save(
     final, temporary = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     flat = flatten(tensors)
     fix = f"cannot write the checkpoint {final}; free disk space or choose another out folder"
-    _together(lambda: _clear(temporary) if _rank() == 0 else None, fix)
-    _together(lambda: _dcp(dcp.save, flat, temporary), fix)
+    together(lambda: _clear(temporary) if _rank() == 0 else None, fix)
+    together(lambda: _dcp(dcp.save, flat, temporary), fix)
     files = _exchange(sorted(os.listdir(temporary)) if _rank() == 0 else None)[0]
-    sums = _together(lambda: {name: _sum(temporary / name) for name in _share(files)}, fix)
+    sums = together(lambda: {name: _sum(temporary / name) for name in _share(files)}, fix)
     merged = {name: entry for part in sums for name, entry in part.items()}
     finish = partial(_finish, temporary, final, step, merged, extra or {}, keep)
-    _together(lambda: finish() if _rank() == 0 else None, fix)
+    together(lambda: finish() if _rank() == 0 else None, fix)
     return final
 
 
@@ -74,9 +74,9 @@ def load(path: str | Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(tensors)
     fix = f"cannot load the checkpoint {path}; {_remedy(path)}"
     found = []
-    _together(lambda: found.append(describe(path)), fix)
-    _together(lambda: _check(path, found[0], flat), fix)
-    _together(lambda: _dcp(dcp.load, flat, path), fix)
+    together(lambda: found.append(describe(path)), fix)
+    together(lambda: _check(path, found[0], flat), fix)
+    together(lambda: _dcp(dcp.load, flat, path), fix)
     return found[0]["extra"]
 
 
@@ -266,7 +266,7 @@ def _reason(error: BaseException) -> str:
     return " ".join((str(error) or repr(error)).split())[:300]
 
 
-def _together(action: Callable[[], Any], fix: str) -> list[Any]:
+def together(action: Callable[[], Any], fix: str) -> list[Any]:
     """Runs `action` on every rank; if it fails on one, every rank raises the same error. A barrier too."""
     result, problem = None, None
     try:

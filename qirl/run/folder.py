@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qirl.errors import UserError, nearest
+from qirl.run import lock
 from qirl.run.logs import plain
 
 _RESUME = ("auto", "never", "always")
@@ -66,6 +67,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
+        self.risen: dict[str, tuple[Any, Any]] = {}  # key: (there before, now); known on the writer
 
     @classmethod
     def open(
@@ -75,20 +77,26 @@ class RunFolder:
         resume: str = "auto",
         free_keys: Iterable[str] = (),
         writer: bool = True,
+        rising_keys: Iterable[str] = (),
     ) -> RunFolder:
         """Creates the folder with its config.yaml, or re-opens one that was made with the same `config`.
 
         config: the resolved config, nested and JSON-able. resume: "auto" continues a run if there is one,
         "never" refuses an existing run, "always" refuses a new one. free_keys: dotted keys (or prefixes such
-        as "run") that may differ from config.yaml, which stays as it was. writer: true on rank 0; other ranks
-        touch and check nothing, so let them pass a barrier before they use the folder.
-        Raises UserError for a folder of another config, of something else than a run, or not writable.
+        as "run") that may differ from config.yaml, which stays as it was. rising_keys: dotted keys whose number may be
+        higher than in config.yaml, which is then written anew with all of `config`. writer: true on rank 0; other ranks
+        touch and check nothing, so let them pass a barrier before they use the folder. The folder stays locked for
+        this process until `lock.release`.
+        Raises UserError for a folder in use by another process, of another config, of something else than a run, or not writable.
         """
         folder = cls(path, writer)
         if writer:
-            cls.check(path, config, free_keys, resume)
+            cls.check(path, config, free_keys, resume, rising_keys)
             try:
-                folder._prepare(plain(config))
+                folder.path.mkdir(parents=True, exist_ok=True)
+                lock.hold(folder.path)
+                cls.check(path, config, free_keys, resume, rising_keys)  # what another wrote before it let go
+                folder._prepare(plain(config), tuple(rising_keys))
             except OSError as error:
                 raise UserError(
                     f"cannot write the run folder {folder.path} ({error.strerror}); choose another out folder"
@@ -97,30 +105,44 @@ class RunFolder:
 
     @classmethod
     def check(
-        cls, path: str | Path, config: Mapping[str, Any], free_keys: Iterable[str] = (), resume: str = "auto"
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        free_keys: Iterable[str] = (),
+        resume: str = "auto",
+        rising_keys: Iterable[str] = (),
     ) -> None:
         """Raises the UserErrors of `open` and touches nothing, so that what is slow can come between the two."""
         if resume not in _RESUME:
             raise UserError(f"resume='{resume}' is not a way to resume{nearest(resume, _RESUME)}")
         folder = cls(path)
         check_writable(path)
-        folder._refuse(plain(config), resume, tuple(free_keys))
+        lock.check_free(path)
+        folder._refuse(plain(config), resume, tuple(free_keys), tuple(rising_keys))
 
-    def _refuse(self, config: dict[str, Any], resume: str, free_keys: tuple[str, ...]) -> None:
+    def _refuse(self, config: dict[str, Any], resume: str, free_keys: tuple[str, ...], rising: tuple[str, ...]) -> None:
         if self.config.exists():
             if resume == "never":
                 raise UserError(f"{self.path} already holds a run; choose another out folder, or resume it")
-            self._compare(config, free_keys)
+            self._compare(config, (*free_keys, *self._risen(config, rising)))
         elif resume == "always":
             raise UserError(f"{self.path} holds no run to resume (no config.yaml); check the path")
         elif self.path.is_dir() and any(not _ours(name) for name in os.listdir(self.path)):
             raise UserError(f"{self.path} has files but no config.yaml, so it is no run folder; choose another")
 
-    def _prepare(self, config: dict[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+    def _risen(self, config: dict[str, Any], keys: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+        """{key: (number in config.yaml, number in `config`)} of those of `keys` where it is higher in `config`."""
+        known, given = flatten(read_config(self.config)), flatten(config)
+        number = lambda value: isinstance(value, int | float)  # noqa: E731
+        pairs = {key: (known.get(key), given.get(key)) for key in keys}
+        return {k: (old, new) for k, (old, new) in pairs.items() if number(old) and number(new) and new > old}
+
+    def _prepare(self, config: dict[str, Any], rising: tuple[str, ...]) -> None:
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        if not self.config.exists() or not self.begun:
+        if self.config.exists() and self.begun:
+            self.risen = self._risen(config, rising)
+        if not self.config.exists() or not self.begun or self.risen:
             write_bytes(self.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
 
     @property
