@@ -170,7 +170,11 @@ class Engine:
     def resume(self) -> int:
         """Loads the newest checkpoint, cuts the logs back to it, and returns its step (0 for a new run)."""
         newest = checkpoint.latest(self.folder.checkpoints)
-        extra = checkpoint.load(newest, self.tensors()) if newest else {"step": 0, "notes": {}}
+        try:
+            extra = checkpoint.load(newest, self.tensors()) if newest else {"step": 0, "notes": {}}
+        except UserError:  # refused: the folder is left as it was
+            lock.release(self.folder.path)
+            raise
         step, self.notes = extra["step"], extra.get("notes", {})
         if self.ranks.first:
             self.metrics.cut(step)

@@ -57,9 +57,10 @@ def check_free(folder: str | Path) -> None:
 
 
 def release(folder: str | Path) -> None:
-    """Gives the folder up, if this process holds it."""
+    """Gives the folder up, if this process holds it, and empties .lock."""
     descriptor = _held.pop(_key(folder), None)
     if descriptor is not None:
+        os.ftruncate(descriptor, 0)
         os.close(descriptor)
 
 
