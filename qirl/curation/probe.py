@@ -72,9 +72,12 @@ def collect(probe: Probe, quiet: bool = False) -> Ledger:
     if ranks.world > 1:
         torch.distributed.broadcast_object_list(done)
     todo = [run for run in batches(probe.config, probe.world, len(probe.prompts)) if run[-1] >= done[0]]
-    if todo:
-        _collect(probe, ledger, todo, done[0], quiet)
-    ranks.barrier()
+    try:
+        if todo:
+            _collect(probe, ledger, todo, done[0], quiet)
+        ranks.barrier()
+    finally:
+        lock.release(probe.config.run.out)
     return ledger
 
 
