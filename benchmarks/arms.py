@@ -113,6 +113,7 @@ class Scheduler:
         self.running: dict[str, _Running] = {}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}  # name: why
+        self.started = False  # an arm, in this call
 
     def run(self) -> bool:
         """Whether every arm is done. KeyboardInterrupt passes on, once what ran was stopped."""
@@ -130,7 +131,8 @@ class Scheduler:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            write_json(self.folder / "elapsed.json", elapsed(self.folder) + time.monotonic() - begun)
+            if self.started:  # a call that finds all arms done leaves the study as it is
+                write_json(self.folder / "elapsed.json", elapsed(self.folder) + time.monotonic() - begun)
         return not self.failed
 
     def _start_ready(self) -> None:
@@ -152,6 +154,7 @@ class Scheduler:
         except (UserError, OSError, ValueError, KeyError) as error:  # what a need left behind may be damaged
             self._fail(arm.name, f"{type(error).__name__}: {error}")
             return
+        self.started = True
         self.records.update(arm.name, key=key, done=False, **job.facts)
         logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import claims  # noqa: E402
 import claims_arms  # noqa: E402
-from arms import Arm, Job, Scheduler, closure  # noqa: E402
+from arms import Arm, Job, Scheduler, closure, elapsed  # noqa: E402
 from claims_arms import Seed, Study, step_flops  # noqa: E402
 from claims_results import Number, Results, mean, minus  # noqa: E402
 from claims_tables import verdicts  # noqa: E402
@@ -45,6 +45,13 @@ def log(folder):
 def run(folder, *arms, workers=2):
     scheduler = Scheduler(arms, folder, workers)
     return scheduler.run(), scheduler
+
+
+def test_a_call_that_starts_no_arm_leaves_the_time_of_the_study_as_it_is(tmp_path):
+    """The text of a study says how long it took, and must be the same when it is written again."""
+    arm = shell(tmp_path, "one", script="sleep 0.2")
+    assert run(tmp_path, arm)[0] and 0.2 < (took := elapsed(tmp_path))
+    assert run(tmp_path, arm)[0] and elapsed(tmp_path) == took and log(tmp_path) == ["one"]
 
 
 def test_an_arm_starts_only_after_all_that_it_needs(tmp_path):
