@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from qirl.errors import UserError
 from qirl.run import checkpoint
@@ -278,3 +279,19 @@ def test_the_manifest_lists_every_file(tmp_path):
     path = checkpoint.save(tmp_path, 1, state())
     listed = set(json.loads((path / "manifest.json").read_text())["files"])
     assert listed | {"manifest.json"} == set(os.listdir(path))
+
+
+def test_an_interrupt_that_spoils_torchs_archive_stays_an_interrupt(tmp_path):
+    """Ctrl-C inside torch's writer: closing the archive then fails as well, and that is what torch reports."""
+
+    def save(state, checkpoint_id, no_dist):
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+        except RuntimeError as error:
+            raise CheckpointException("write", {0: _wrap_exception(error)}) from None
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._dcp(save, {}, tmp_path)

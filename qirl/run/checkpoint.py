@@ -137,8 +137,8 @@ def _dcp(action: Callable[..., Any], flat: dict[str, torch.Tensor], path: Path) 
             action(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         except CheckpointException as error:
             for cause, _ in error.failures.values():
-                if isinstance(cause, (KeyboardInterrupt, SystemExit)):  # Ctrl-C is no failure to write
-                    raise cause from None
+                if isinstance(began := _began(cause), (KeyboardInterrupt, SystemExit)):  # Ctrl-C is no failure to write
+                    raise began from None
             raise
 
 
@@ -258,12 +258,18 @@ def _exchange(value: Any) -> list[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """What began it, in a line: a full disk, where torch tells that its archive is not whole."""
+    """What began it, in a line."""
+    began = _began(error)
+    return " ".join((str(began) or repr(began)).split())[:300]
+
+
+def _began(error: BaseException) -> BaseException:
+    """The first error: a full disk or Ctrl-C, where torch tells that its archive is not whole."""
     if isinstance(error, CheckpointException):
         error = next(cause for cause, _ in error.failures.values())
     while error.__context__ is not None:
         error = error.__context__
-    return " ".join((str(error) or repr(error)).split())[:300]
+    return error
 
 
 def together(action: Callable[[], Any], fix: str) -> list[Any]:
