@@ -280,7 +280,11 @@ def test_several_texts_weigh_by_their_length(reader):
     "prompt,texts",
     [
         ('a "Cat" and “dog”', ["Cat", "dog"]), ("写着「你好」的牌子", ["你好"]), ("it's a dog's life", []),
-        ("the word 'open' on it's door", ["open"]), ("plain", []),
+        ("the word 'open' on it's door", ["open"]), ("plain", []), ('a 24" monitor showing "HI"', ["HI"]),
+        ("5'10\" man's \"T-shirt\"", ["T-shirt"]), ("a mug with ‘HELLO’ on it", ["HELLO"]), ("‘don’t’ and ‘go’", ["don’t", "go"]),
+        ("„Guten Tag“ auf einem Schild", ["Guten Tag"]), ("«Bonjour» et »Hallo«", ["Bonjour", "Hallo"]),
+        ("「猫」と『犬』", ["猫", "犬"]), ("the dogs' house, 'it's open'", ["it's open"]), ("6'2\" tall, 30\" wide", []),
+        ("‘no end and a dog’s bone", []), ('say "a \'b\' c"', ["a 'b' c"]), ('size:"XL"', ["XL"]),
     ],
 )  # fmt: skip
 def test_texts_are_what_stands_in_quotes(prompt, texts):

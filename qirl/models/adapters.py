@@ -17,8 +17,15 @@ from qirl.errors import UserError
 from qirl.models.lora import target_pattern
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# what changes the weights beyond W + scale * B A, and the values that mean "not used"
-_PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+# fields of adapter_config.json that say nothing of the weights, or are read below; any other must be unset
+_HARMLESS = {
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",
+    "lora_alpha", "use_rslora", "init_lora_weights", "lora_dropout", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
+    "loftq_config", "lora_ga_config",
+}  # fmt: skip
+# starts after which the weight is W + scale * B A of an unchanged W; PiSSA and the like change W as well
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -71,20 +78,38 @@ def read_adapter(folder: str | Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or folder / WEIGHTS} does not exist; copy the adapter folder again") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable adapter ({error}); copy it again") from None
-    for name, unused in _PLAIN.items():
-        if config.get(name, unused) not in (unused, None):
-            raise UserError(
-                f"{folder / CONFIG}: {name}={config[name]!r} is not supported; merge the adapter into a model"
-            )
+    rank, alpha = _plain_lora(config, folder / CONFIG)
     stems = _stems(tensors, folder)
     matrices = {stem: tuple(tensors[f"{PREFIX}{stem}.lora_{x}.weight"] for x in "AB") for stem in stems}
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Adapter(rank, scale, matrices, config.get("base_model_name_or_path"))
+
+
+def _plain_lora(config, path: Path) -> tuple[int, float]:
+    """(rank, alpha). Raises UserError, naming the field, unless the weights are W + scale * B A with one scale."""
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no JSON object; copy the adapter again")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{path}: peft_type={config['peft_type']!r} is not LoRA; merge the adapter into a model")
+    start = config.get("init_lora_weights")
+    if not any(start is plain or start == plain and isinstance(start, str) for plain in _PLAIN_STARTS):
+        raise UserError(
+            f"{path}: init_lora_weights={start!r} changes the base as well; convert the adapter (peft: save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it into a model"
+        )
+    for name in sorted(config.keys() - _HARMLESS):
+        if config[name] not in (None, False, "none") and config[name] != {} and config[name] != []:
+            raise UserError(f"{path}: {name}={config[name]!r} is not supported; merge the adapter into a model")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{path}: r={rank!r} must be a whole number of at least 1; copy the adapter again")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise UserError(f"{path}: lora_alpha={alpha!r} must be a number; copy the adapter again")
+    return rank, float(alpha)
 
 
 def add_slots(model: nn.Module, adapters: Sequence[Adapter]) -> None:

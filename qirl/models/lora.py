@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from qirl.errors import UserError
+from qirl.errors import UserError, nearest
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "out")
 
@@ -16,7 +17,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "out")
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> nn.Module:
     """Freezes the weights and adds adapters in place. Section 3: the KL reference is the same model, adapter off.
 
-    Raises UserError if peft is missing or no module has one of the target names.
+    Raises UserError if peft is missing or a target names no module.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -24,21 +25,31 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] =
         raise UserError(
             "LoRA needs peft; pip install 'qirl[lora]', or train all parameters (model.lora.rank=0)"
         ) from None
+    check_targets(model, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_pattern(targets))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(config, model)
-        except ValueError as error:
-            raise UserError(f"no module of the model matches model.lora.targets={list(targets)} ({error})") from None
+        inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return model
 
 
 def target_pattern(targets: Sequence[str]) -> str:
-    """The regular expression of the modules called `targets` in the blocks, as peft reads it."""
-    return rf"transformer_blocks\.\d+\..*\.({'|'.join(t.replace('.', chr(92) + '.') for t in targets)})"
+    """The regular expression, as peft reads it, of the modules in the blocks whose path ends in one of `targets`."""
+    return rf"transformer_blocks\.\d+\.(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises UserError for a target that is the end of no linear module's path in the blocks, such as attn.to_q."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(re.fullmatch(target_pattern([target]), name) for name in linears):
+            paths = {name.split(".", 2)[2] for name in linears if name.startswith("transformer_blocks.")}
+            known = {path.split(".", cut)[-1] for path in paths for cut in range(path.count(".") + 1)} - {"0"}
+            raise UserError(
+                f"model.lora.targets: no linear module in the blocks is called '{target}'{nearest(target, known)}"
+            )
 
 
 def _adapters(model: nn.Module):

@@ -21,7 +21,12 @@ from qirl.config_parts import OcrOptions
 from qirl.errors import UserError
 from qirl.rewards.protocol import Sample, Scores
 
-QUOTES = re.compile(r"\"([^\"]+)\"|“([^”]+)”|「([^」]+)」|『([^』]+)』|«([^»]+)»|(?<!\w)'([^']+)'(?!\w)")
+# the outermost pair counts. Straight quotes open at the start of a word and close at its end: 24" and 6'2" are sizes, and an
+# apostrophe stands inside a word or, as in the dogs' house, after one that no quote has opened.
+QUOTES = re.compile(
+    r'(?<!\w)"([^"]+)"|“([^“”]+)”|„([^„“”]+)[“”]|«([^«»]+)»|»([^«»]+)«|「([^「」]+)」|『([^『』]+)』'
+    r"|(?<!\w)‘((?:[^‘’]|’(?=\w))+)’(?!\w)|(?<!\w)'(?! )((?:[^']|'(?=\w))+?)(?<! )'(?!\w)"
+)
 
 
 def texts_of(sample: Sample) -> list[str]:
