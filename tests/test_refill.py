@@ -16,6 +16,7 @@ from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.errors import UserError
 from qirl.policy import trainer as training
+from qirl.policy.advantages import ABSENT
 from qirl.policy.refill import Drawn, fresh_prompts, refill, widened, with_groups
 from qirl.policy.scoring import StepScores, gather_scores
 from qirl.policy.trainer import train
@@ -116,7 +117,7 @@ def test_a_component_that_comes_first_with_a_fresh_prompt_widens_the_table(opene
     assert refill(trainer, drawn, step, training.sample)["refill/left"] == 0
     assert drawn.table.shape == (6, 2) and (drawn.table >= 0).all()
     wide = widened(torch.tensor([[0.1, 0.2]]), ["a", "c"], ["a", "b", "c"])
-    assert wide.tolist() == [[pytest.approx(0.1), -1, pytest.approx(0.2)]]
+    assert wide.tolist() == [[pytest.approx(0.1), ABSENT, pytest.approx(0.2)]]
 
 
 def test_every_drawn_image_is_in_the_scores_under_an_id_of_its_own(tmp_path, tiny_model):
