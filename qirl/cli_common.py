@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -12,6 +13,8 @@ import typer
 from typer.core import TyperCommand
 
 from qirl.errors import UserError
+
+PATIENCE = 10.0  # seconds in which rank 0 says what is wrong, before another rank ends
 
 
 class WithOptions(TyperCommand):
@@ -60,6 +63,8 @@ def told(resumes: bool = False) -> Iterator[None]:
         yield
     except UserError as error:
         say(f"qirl: {' '.join(str(error).split())}", file=sys.stderr)
+        if not first() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            time.sleep(PATIENCE)  # torchrun ends all ranks with the first that ends: rank 0 has the word
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         more = "; the same command continues from the last checkpoint" if resumes else ""
