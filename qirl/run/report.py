@@ -102,11 +102,8 @@ def _figure(name: str, title: str, lines: Sequence[plots.Line], note: str = "", 
 def _stage(name: str, folder: RunFolder, log: list[dict], palette: Mapping[str, int], budget: int) -> dict[str, Any]:
     keys = dict.fromkeys(key for record in log for key in record)
     categories = sorted({key.split("/", 2)[2] for key in keys if key.startswith("reward/") and key.count("/") >= 2})
-    rewards = [
-        _figure(f"{name}-{component}", component, [line], span=0.1)
-        for component, color in palette.items()
-        if (line := _line(log, f"reward/{component}", color))
-    ]
+    measured = {c: line for c, color in palette.items() if (line := _line(log, f"reward/{c}", color))}
+    rewards = [_figure(f"{name}-{component}", component, [line], span=0.1) for component, line in measured.items()]
     by_category = []
     for category in categories:
         lines = [line for c, color in palette.items() if (line := _line(log, f"reward/{c}/{category}", color))]
@@ -115,6 +112,7 @@ def _stage(name: str, folder: RunFolder, log: list[dict], palette: Mapping[str, 
     return {
         "name": name,
         "steps": len(log),
+        "components": list(measured),
         "rewards": rewards,
         "categories": by_category,
         "health": _health(name, log),
