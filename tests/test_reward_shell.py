@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from qirl.data.images import content_hash, decode, encode, read_image
+from qirl.data.images import as_uint8, check_image, content_hash, decode, encode, read_image
+from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.rewards.attacks import ATTACKS
 from qirl.rewards.protocol import Sample
@@ -61,6 +64,83 @@ def test_other_modes_become_rgb(tmp_path, mode):
         assert np.array_equal(found, np.repeat(np.asarray(grey)[..., None], 3, -1))
 
 
+@pytest.mark.parametrize("brightest", [255, 256, 65535])
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "big-endian.tif"])
+def test_sixteen_bits_have_one_range_whatever_the_picture_shows(tmp_path, name, brightest):
+    values = np.array([[0, 200], [100, brightest]], np.uint16)
+    if name.startswith("big"):
+        (tmp_path / name).write_bytes(tiff(values.astype(">u2"), order="MM"))
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    wanted = np.rint(values / 257).astype(int).tolist()
+    assert read_image(tmp_path / name)[..., 0].tolist() == wanted
+    if name == "x.png":
+        assert decode((tmp_path / name).read_bytes(), "x")[..., 2].tolist() == wanted
+
+
+def tiff(pixels, order="II", bits=16, photometric=1, size=None):
+    """A grey TIFF of one strip, written out field by field."""
+    pack = {"II": "<", "MM": ">"}[order]
+    (height, width), data = size or pixels.shape, pixels.tobytes()
+    fields = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
+    head = order.encode() + struct.pack(pack + "HI", 42, 8 + len(data)) + data
+    entries = [struct.pack(pack + "HHIHH", tag, 3, 1, value, 0) for tag, value in fields]
+    entries.append(struct.pack(pack + "HHII", 279, 4, 1, len(data)))
+    return head + struct.pack(pack + "H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+def test_a_tiff_says_its_bits_and_whether_zero_is_white(tmp_path):
+    twelve = np.array(
+        [0x00, 0x0F, 0xFF, 0x80, 0x00, 0x01], np.uint8
+    )  # 0, 4095 | 2048, 1: three hex digits a pixel, a row 3 bytes
+    (tmp_path / "12.tif").write_bytes(tiff(twelve, bits=12, size=(2, 2)))
+    assert read_image(tmp_path / "12.tif")[..., 0].tolist() == [[0, 255], [128, 0]]
+    (tmp_path / "0.tif").write_bytes(tiff(np.array([[0, 65535]], "<u2"), photometric=0))
+    assert read_image(tmp_path / "0.tif")[..., 0].tolist() == [[255, 0]]
+
+
+def test_a_clear_grey_of_sixteen_bits_is_white(tmp_path):
+    Image.fromarray(np.array([[0, 514]], np.uint16)).save(tmp_path / "x.png", transparency=0)
+    assert read_image(tmp_path / "x.png")[..., 0].tolist() == [[255, 2]]
+
+
+@pytest.mark.parametrize("dtype,kind", [(np.float32, "floats .mode F."), (np.int32, "32-bit integers .mode I.")])
+def test_pixels_without_a_range_are_refused_from_the_header_on(tmp_path, dtype, kind):
+    path = tmp_path / "x.tif"
+    for values in ([[0, 1], [0.5, 0.25]], [[np.nan, 1]]) if dtype == np.float32 else ([[0, 255]],):
+        Image.fromarray(np.array(values, dtype)).save(path)
+        for read in (read_image, check_image):
+            with pytest.raises(
+                UserError, match=f"^{path} holds {kind}, which do not say .* white to 255 .uint8. or 65535"
+            ):
+                read(path)
+
+
+def test_lab_is_refused_as_such(tmp_path):
+    Image.new("LAB", (2, 2)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match="x.tif is of mode LAB; convert it to RGB"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("of", [as_uint8, lambda image, what: Sample(0, 0, "p", image).image,
+                                lambda image, what: Sample(0, 0, "p", RAMP, sources=(image,)).sources[0],
+                                lambda image, what: Prompt(0, "p", sources=(image,)).sources[0]],
+                         ids=["array", "image of a sample", "source of a sample", "source of a prompt"])  # fmt: skip
+def test_arrays_have_the_range_of_their_dtype(of):
+    dark = np.full((2, 2, 3), 200, np.uint16)
+    assert of(RAMP, "x") is RAMP
+    assert np.array_equal(of(torch.from_numpy(RAMP), "x"), RAMP)
+    for given, wanted in ((dark, 1), (torch.from_numpy(dark), 1), (dark * 0 + 65535, 255)):
+        found = of(given, "x")
+        assert found.dtype == np.uint8 and (found == wanted).all()
+    for given in (RAMP / 255, torch.from_numpy(RAMP).float(), RAMP.astype(np.int64), RAMP > 0):
+        with pytest.raises(UserError, match="which does not say which value is white"):
+            of(given, "x")
+    for given in (RAMP[..., 0], RAMP.transpose(2, 0, 1), np.dstack([RAMP, RAMP])):
+        with pytest.raises(UserError, match="give .height, width, 3., in RGB"):
+            of(given, "x")
+
+
 def test_exif_turns_the_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -74,7 +154,7 @@ def test_exif_turns_the_picture(tmp_path):
         (b"", "is no image of format"),
         (b"GIF89a" + bytes(40), "is no image of format PNG, WEBP"),
         (saved(Image.fromarray(RAMP))[:60], "is truncated or damaged"),
-        (saved(Image.new("1", (9_000, 9_000))), "9000 x 9000 pixels, more than"),
+        (saved(Image.new("1", (9_000, 9_000))), "^picture 3 has 9000 x 9000 pixels, more than"),
         (saved(Image.new("1", (40_000, 40_000))), "far more pixels than"),
     ],
     ids=["empty", "another format", "truncated", "large", "bomb"],

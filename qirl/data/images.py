@@ -1,4 +1,12 @@
-"""Images from outside: any mode becomes uint8 RGB, and what could harm is refused before a pixel of it is decoded."""
+"""Images from outside: any mode becomes uint8 RGB, and what could harm is refused before a pixel of it is decoded.
+
+The range of a pixel's values comes from the file's mode or the array's dtype, never from the values themselves:
+
+    8 bits a channel    0 to 255
+    16 bits             0 to 65535, of which 257 make one of 8 bits, rounded; a TIFF of 12 bits: 0 to 4095. Colours of 16 bits
+                        come from Pillow as their upper 8
+    other               32-bit integers and floats have no range that all writers share: refused
+"""
 
 from __future__ import annotations
 
@@ -18,29 +26,32 @@ from qirl.errors import UserError
 PIXELS = 2**26  # of one image at most: 8192 x 8192
 TRANSPORT = ("PNG", "WEBP")  # WebP without loss: see _lossy
 FILES = ("PNG", "WEBP", "JPEG", "TIFF", "BMP", "GIF")
+PHOTOMETRIC, BITS = 262, 258  # tags of TIFF: whether 0 is white, and bits of each channel
+SCALE = "scale its black to 0 and its white to 255 (uint8) or 65535 (uint16) and save it again"
 
 
 def decode(data: bytes, what: str, pixels: int = PIXELS) -> np.ndarray:
     """An image that travelled as uint8 [H, W, 3]: turned as EXIF says, transparent places on white, 16 bits scaled to 8.
 
-    what: its name in errors. Raises UserError for what is no PNG or lossless WebP, has more pixels, or is truncated.
+    what: its name in errors. Raises UserError for what is no PNG or lossless WebP, has more pixels, or is truncated, and where
+    the mode does not say which value is white.
     """
     if _lossy(data):
         raise UserError(f"{what} is WebP with loss, or animated; send PNG or lossless WebP")
     with _opened(io.BytesIO(data), what, pixels, TRANSPORT) as image:
-        return _rgb(image)
+        return _rgb(image, what)
 
 
 def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
     """uint8 [H, W, 3] of a file, as `decode` makes it, of any of FILES. Raises UserError for one that is not there, too."""
     with _opened(path, str(path), pixels, FILES) as image:
-        return _rgb(image)
+        return _rgb(image, str(path))
 
 
 def check_image(path: str | Path, pixels: int = PIXELS) -> None:
     """Raises UserError for a file that `read_image` would refuse, as far as its first bytes tell; decodes no pixel."""
-    with _opened(path, str(path), pixels, FILES):
-        pass
+    with _opened(path, str(path), pixels, FILES) as image:
+        _white(image, str(path))
 
 
 @contextlib.contextmanager
@@ -59,6 +70,8 @@ def _opened(source, what: str, pixels: int, formats: tuple[str, ...]) -> Iterato
                     f"{what} has {width} x {height} pixels, more than the {pixels} that are allowed; scale it down"
                 )
             yield image
+    except UserError:  # a ValueError, too
+        raise
     except UnidentifiedImageError:
         raise UserError(f"{what} is no image of format {', '.join(formats)}; convert it") from None
     except Image.DecompressionBombError:
@@ -80,17 +93,60 @@ def _lossy(data: bytes) -> bool:
     return False
 
 
-def _rgb(image) -> np.ndarray:
+def as_uint8(given, what: str) -> np.ndarray:
+    """uint8 [H, W, 3] of an array or tensor [H, W, 3]: uint8 as it is, uint16 (0 to 65535) divided by 257 and rounded.
+
+    Raises UserError for another shape or dtype: a float does not say whether its white is 1 or 255.
+    """
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3:
+        return given
+    array = given.detach().cpu().numpy() if hasattr(given, "detach") else np.asarray(given)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(f"{what} has the shape {list(array.shape)}; give [height, width, 3], in RGB")
+    if array.dtype == np.uint16:
+        return _eight_bits(array, 65535)
+    if array.dtype != np.uint8:
+        raise UserError(
+            f"{what} is of dtype {array.dtype}, which does not say which value is white; scale it to 0 .. 255 and give uint8"
+        )
+    return array
+
+
+def _eight_bits(values: np.ndarray, white: int) -> np.ndarray:
+    """values in 0 .. white as uint8, rounded."""
+    return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+
+
+def _white(image, what: str) -> int | None:
+    """The value of white in a grey image of more than 8 bits; None where PIL's mode has 8. Decodes no pixel.
+
+    Raises UserError for 32-bit integers and floats, whose range the file does not say.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # Pillow before 11.3 opens a PNG so
+        return 2 ** tags.get(BITS, (16,))[0] - 1
+    if image.mode.startswith(("I", "F")):
+        kind = "floats" if image.mode.startswith("F") else f"{'/'.join(map(str, tags.get(BITS, (32,))))}-bit integers"
+        raise UserError(f"{what} holds {kind} (mode {image.mode}), which do not say which value is white; {SCALE}")
+    return None
+
+
+def _rgb(image, what: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
+    white, inverted = _white(image, what), getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+    clear = image.info.get("transparency")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: PIL would clip them to 255
-        values = np.asarray(image, dtype=np.float64)
-        values = values / (65535 if values.max(initial=0) > 255 else 255)
-        return np.repeat(np.rint(values.clip(0, 1) * 255).astype(np.uint8)[..., None], 3, -1)
+    if white is not None:
+        values = np.asarray(image)
+        values = white - values if inverted else values
+        values = np.where(values == clear, white, values) if isinstance(clear, int) else values
+        return np.repeat(_eight_bits(values, white)[..., None], 3, -1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # PIL has no conversion
+        raise UserError(f"{what} is of mode LAB; convert it to RGB")
     return np.asarray(image.convert("RGB"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qirl.data.images import read_image
+from qirl.data.images import as_uint8, read_image
 from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 
@@ -20,13 +20,18 @@ FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 class Prompt:
     """One prompt. `id` (0 to 2**32 - 1) keys the noise and the advantage group: it stays with its text.
 
-    sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image.
+    sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image. uint16 is scaled to uint8; raises UserError for
+    other dtypes and shapes.
     """
 
     id: int
     text: str
     category: str = "general"
     sources: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self):
+        sources = tuple(as_uint8(image, f"source {i} of prompt {self.id}") for i, image in enumerate(self.sources))
+        object.__setattr__(self, "sources", sources)
 
     @property
     def task(self) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from qirl.data.images import as_uint8
 from qirl.errors import UserError
 
 Scores = dict[str, float]
@@ -32,7 +33,9 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated image and what was asked for. `image` and `sources` are uint8 [H, W, 3].
+    """One generated image and what was asked for. `image` and `sources` are uint8 [H, W, 3]; uint16 is scaled to uint8.
+
+    Raises UserError for images of other dtypes and shapes.
 
     failed: its latents are not finite, so there is no image: no reward is asked, and all its scores are NaN.
     """
@@ -45,6 +48,11 @@ class Sample:
     sources: tuple[np.ndarray, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     failed: bool = False
+
+    def __post_init__(self):
+        sources = tuple(as_uint8(image, f"source {i} of sample {self.id}") for i, image in enumerate(self.sources))
+        object.__setattr__(self, "image", as_uint8(self.image, f"the image of sample {self.id}"))
+        object.__setattr__(self, "sources", sources)
 
     @property
     def task(self) -> str:
