@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tiny_rewards import save_clip, save_dino
 
 from qirl import config_parts as options
 from qirl.config import load
@@ -32,40 +33,12 @@ def sample(i=0, prompt="a red cat", image=None, prompt_id=0, **more):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP of random weights, with a word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<end>", "a", "red", "cat", "blue", "dog", "<unk>"]
-    own = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    own.pre_tokenizer = pre_tokenizers.Whitespace()
-    own.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
-    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = CLIPConfig(
-        text_config=size | dict(vocab_size=8, max_position_embeddings=16, eos_token_id=1, bos_token_id=None, pad_token_id=0),
-        vision_config=size | dict(image_size=32, patch_size=8), projection_dim=16,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=own, pad_token="<pad>", eos_token="<end>", model_max_length=16
-    ).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    Dinov2Model(
-        Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-    ).save_pretrained(folder)
-    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return save_dino(tmp_path_factory.mktemp("dino"))
 
 
 def logits(folder, given):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -20,46 +21,91 @@ from qirl.errors import UserError
 from qirl.rewards.protocol import Sample, Scores
 
 
+def device_of(options: Weights) -> torch.device:
+    cuda = torch.cuda.is_available()
+    return torch.device(("cuda" if cuda else "cpu") if options.device == "auto" else options.device)
+
+
 class Embedder:
     """Unit vectors float32 [n, D] of images and texts. One call at a time: the scorer's threads share the network."""
 
     def __init__(self, options: Weights):
         try:
-            from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+            from transformers import AutoTokenizer
         except ImportError as error:
             raise UserError(f"kind {options.kind} needs transformers ({error}): pip install 'qirl[rewards]'") from None
-        cuda = torch.cuda.is_available()
-        self.device = torch.device(("cuda" if cuda else "cpu") if options.device == "auto" else options.device)
+        self.device = device_of(options)
         try:
-            self.images = AutoImageProcessor.from_pretrained(options.model, backend="pil")
-            self.model = AutoModel.from_pretrained(options.model, dtype=torch.float32).eval().to(self.device)
-            self.clip = hasattr(self.model, "get_image_features")
-            self.tokens = AutoTokenizer.from_pretrained(options.model) if self.clip else None
+            self.model = self._load(options).eval().to(self.device)
+            self.clip = hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")
+            self.texts = Texts(AutoTokenizer.from_pretrained(options.model), self.model) if self.clip else None
+        except UserError:  # a ValueError, too
+            raise
         except (OSError, ValueError) as error:
             raise UserError(f"{options.model} has no weights that transformers can load: {error}") from None
         self.batch, self._one = options.batch, threading.Lock()
 
+    def _load(self, options: Weights) -> torch.nn.Module:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.images = AutoImageProcessor.from_pretrained(options.model, backend="pil")
+        return AutoModel.from_pretrained(options.model, dtype=torch.float32)
+
     @torch.no_grad()
     def of_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """images: uint8 [H, W, 3] of any sizes. Those that the processor leaves at different sizes run apart."""
         parts = []
         for i in range(0, len(images), self.batch):
-            pixels = self.images(list(images[i : i + self.batch]), return_tensors="pt")["pixel_values"].to(self.device)
-            with self._one:
-                if self.clip:
-                    out = self.model.get_image_features(pixel_values=pixels)
-                else:
-                    out = self.model(pixel_values=pixels).last_hidden_state[:, 0]
-            parts.append(_unit(out))
+            given = [self._prepared(image) for image in images[i : i + self.batch]]
+            for _, alike in groupby(given, key=lambda one: one["pixel_values"].shape):
+                parts.append(self._of_prepared(list(alike)))
         return torch.cat(parts)
+
+    def _prepared(self, image: np.ndarray):
+        return self.images([image], input_data_format="channels_last", return_tensors="pt")
+
+    def _of_prepared(self, given: Sequence) -> torch.Tensor:
+        batch = {name: torch.cat([one[name] for one in given]).to(self.device) for name in given[0]}
+        with self._one:
+            if self.clip:
+                return _unit(self.model.get_image_features(**batch))
+            return _unit(self.model(**batch).last_hidden_state[:, 0])
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str]) -> torch.Tensor:
         parts = []
         for i in range(0, len(texts), self.batch):
-            given = self.tokens(list(texts[i : i + self.batch]), padding=True, truncation=True, return_tensors="pt")
+            given = self.texts.tokens(texts[i : i + self.batch])
             with self._one:
                 parts.append(_unit(self.model.get_text_features(**given.to(self.device))))
         return torch.cat(parts)
+
+
+class Texts:
+    """Prompts as a text model was trained on them, whatever else is in the batch.
+
+    Longer prompts are cut to the positions that the model has, whether or not the tokenizer knows them. SigLIP (Zhai et al. 2023)
+    reads the last of all its positions and was trained without an attention mask: its prompts are padded to the full length.
+    """
+
+    def __init__(self, tokenizer, model: torch.nn.Module):
+        self.tokenizer, self.full = tokenizer, model.config.model_type in ("siglip", "siglip2")
+        self.length = positions(model) if self.full else min(tokenizer.model_max_length, positions(model))
+
+    def tokens(self, texts: Sequence[str]):
+        """input_ids int64 [n, T] (and attention_mask, save for SigLIP), T at most the model's positions."""
+        return self.tokenizer(
+            list(texts), padding="max_length" if self.full else True, max_length=self.length, truncation=True,
+            padding_side="right", return_attention_mask=not self.full, return_token_type_ids=False, return_tensors="pt",
+        )  # fmt: skip
+
+
+def positions(model: torch.nn.Module) -> int:
+    """How many tokens of text a model can take. RoBERTa's first positions are those of padding."""
+    text = model.config.get_text_config()
+    table = next((m for name, m in model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
+    before = getattr(table, "padding_idx", None)
+    return text.max_position_embeddings - (0 if before is None else before + 1)
 
 
 def _unit(out) -> torch.Tensor:
@@ -67,13 +113,11 @@ def _unit(out) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
 
 
-class _ByEmbedding:
-    needs_clip = False
+class Measured:
+    """One component: a measure of the samples that it applies to, mapped to a score by the options."""
 
     def __init__(self, name: str, options: Weights):
-        self.components, self.options, self.embed = (name,), options, Embedder(options)
-        if self.needs_clip and not self.embed.clip:
-            raise UserError(f"rewards.{name}: {options.model} is no CLIP model; kind {options.kind} needs one")
+        self.components, self.options = (name,), options
 
     def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         rows: list[Scores] = [{} for _ in samples]
@@ -89,6 +133,16 @@ class _ByEmbedding:
     def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
         """float32 [n]."""
         raise NotImplementedError
+
+
+class _ByEmbedding(Measured):
+    needs_clip, embedder = False, Embedder
+
+    def __init__(self, name: str, options: Weights):
+        super().__init__(name, options)
+        self.embed = self.embedder(options)
+        if self.needs_clip and not self.embed.clip:
+            raise UserError(f"rewards.{name}: {options.model} is no CLIP model; kind {options.kind} needs one")
 
 
 class ClipScore(_ByEmbedding):
