@@ -49,6 +49,29 @@ class PickScoreOptions(Weights):
     high: float = option(26.0, "scaled cosine that scores 1")
 
 
+class HpsV2Options(Weights):
+    kind: Literal["hps_v2"] = option("hps_v2", "what people would pick: 100 times the cosine of HPSv2's CLIP")
+    model: str | None = option(None, "folder of a CLIP ViT-H/14 as transformers saves it, with its tokenizer")
+    weights: str | None = option(
+        None, "HPSv2's own weights as a safetensors file, by open_clip's names; none: those of `model`"
+    )
+    low: float = option(10.0, "100 times the cosine that scores 0")
+    high: float = option(40.0, "100 times the cosine that scores 1")
+
+
+class ImageRewardOptions(Weights):
+    kind: Literal["image_reward"] = option("image_reward", "what people would pick: ImageReward's BLIP, about -2 to 2")
+    model: str | None = option(None, "folder of its tokenizer, bert-base-uncased")
+    weights: str | None = option(None, "its weights as a safetensors file, by the names of ImageReward.pt")
+    low: float = option(-3.0, "reward that scores 0")
+    high: float = option(3.0, "reward that scores 1")
+
+    @model_validator(mode="after")
+    def _has_weights(self):
+        require(self.weights is not None, "a reward of kind image_reward needs `weights`: its safetensors file")
+        return self
+
+
 class AestheticOptions(Weights):
     kind: Literal["aesthetic"] = option("aesthetic", "a linear head on CLIP's image embedding that rates from 1 to 10")
     head: str | None = option(None, "file of the head's weights (.safetensors or .pth)")
@@ -126,6 +149,6 @@ class FaceOptions(Affine):
 
 
 PARTS = (
-    ClipScoreOptions, PickScoreOptions, AestheticOptions, SimilarityOptions, OutsideOptions, ArtifactOptions,
-    DiversityOptions, OcrOptions, FaceOptions,
+    ClipScoreOptions, PickScoreOptions, HpsV2Options, ImageRewardOptions, AestheticOptions, SimilarityOptions,
+    OutsideOptions, ArtifactOptions, DiversityOptions, OcrOptions, FaceOptions,
 )  # fmt: skip

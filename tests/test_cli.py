@@ -41,6 +41,8 @@ REWARDS = {
         "server": f"range {ASK} components batch cache",
         "clip_score": NETWORK,
         "pick_score": NETWORK,
+        "hps_v2": f"{NETWORK} weights",
+        "image_reward": f"{NETWORK} weights",
         "aesthetic": f"{NETWORK} head",
         "similarity": NETWORK,
         "outside": "low high kind measure",

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_rewards import save_clip, save_dino, save_siglip
+from tiny_rewards import BERT, image_reward_state, open_clip_state, save_clip, save_dino, save_siglip, tokenizer
 
 from qirl import config_parts as options
 from qirl.errors import UserError
-from qirl.rewards.parts import embedding, faces, ocr, pixels
+from qirl.rewards.parts import embedding, faces, ocr, pixels, preference
 from qirl.rewards.parts.faces import Face
 from qirl.rewards.protocol import Sample
 from qirl.rewards.registry import KINDS
@@ -54,6 +54,17 @@ def part(kind, folder):
             "pick_score": (options.PickScoreOptions, "PickScore"),
         }[kind]
         return getattr(embedding, name)("x", own(model=str(save_clip(folder)), low=-30, high=30))
+    if kind == "hps_v2":
+        save_file({n: t.contiguous() for n, t in open_clip_state().items()}, folder / "h.safetensors")
+        own = options.HpsV2Options(
+            model=str(save_clip(folder)), weights=str(folder / "h.safetensors"), low=-100, high=100
+        )
+        return preference.HpsV2("x", own)
+    if kind == "image_reward":
+        tokenizer(words=BERT, template="[CLS] $A [SEP]").save_pretrained(folder)
+        save_file({n: t.contiguous() for n, t in image_reward_state().items()}, folder / "i.safetensors")
+        own = options.ImageRewardOptions(model=str(folder), weights=str(folder / "i.safetensors"), low=-50, high=50)
+        return preference.ImageReward("x", own)
     if kind == "aesthetic":
         torch.manual_seed(0)
         save_file({"0.weight": torch.randn(1, 16), "0.bias": torch.zeros(1)}, folder / "head.safetensors")

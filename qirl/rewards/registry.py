@@ -16,6 +16,8 @@ KINDS = {
     "server": "qirl.rewards.client:ServerReward",
     "clip_score": "qirl.rewards.parts.embedding:ClipScore",
     "pick_score": "qirl.rewards.parts.embedding:PickScore",
+    "hps_v2": "qirl.rewards.parts.preference:HpsV2",
+    "image_reward": "qirl.rewards.parts.preference:ImageReward",
     "aesthetic": "qirl.rewards.parts.embedding:Aesthetic",
     "similarity": "qirl.rewards.parts.embedding:Similarity",
     "outside": "qirl.rewards.parts.pixels:Outside",
