@@ -225,7 +225,7 @@ class _Blocks:
                 where, block, advance = image_positions(place, *size), image, max(size)
                 image += 1
             if self.cursor > start:
-                append(self.past, Span(self.cursor, n, start, self.cursor - start))
+                append_span(self.past, Span(self.cursor, n, start, self.cursor - start))
             self._add(n, where, prompt, block, target=-1, causal=kind == "text")
             place += advance
         return start, self.cursor - start, place, image
@@ -235,10 +235,10 @@ class _Blocks:
         for index, t in targets:
             self._add(t.tokens, image_positions(place, t.height, t.width), prompt, image, index, causal=False)
         if length:
-            append(self.past, Span(first, self.cursor - first, start, length))
+            append_span(self.past, Span(first, self.cursor - first, start, length))
 
     def _add(self, n, position, prompt, block, target, causal):
-        append(self.own, Span(self.cursor, n, self.cursor, n, causal))
+        append_span(self.own, Span(self.cursor, n, self.cursor, n, causal))
         self.position.append(position)
         self.prompt.extend([prompt] * n)
         self.block.extend([block] * n)
@@ -254,7 +254,7 @@ def image_positions(place: int, height: int, width: int) -> torch.Tensor:
     return torch.cat([torch.full((height * width, 1), place), grid], 1)
 
 
-def append(spans: list[Span], span: Span) -> None:
+def append_span(spans: list[Span], span: Span) -> None:
     """Adds a span, merged into the last one where it continues that run: one batched call instead of many."""
     if spans and span.follows(spans[-1]):
         last = spans.pop()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qirl.errors import UserError
-from qirl.packing import Condition, Span, Target, append, image_positions, send
+from qirl.packing import Condition, Span, Target, append_span, image_positions, send
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], devic
         position.append(torch.arange(place, place + text)[:, None].expand(text, 3))
         position += [image_positions(frame, h, w) for frame, (h, w) in enumerate(images)]
         length = text + sum(tokens)
-        append(own, Span(cursor, length, cursor, length))
+        append_span(own, Span(cursor, length, cursor, length))
         cursor += length
     order = torch.cat(order)
     rows = [

@@ -80,7 +80,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or folder / WEIGHTS} does not exist; copy the adapter folder again") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} holds no readable adapter ({error}); copy it again") from None
     rank, alpha = _plain_lora(config, folder / CONFIG)
     stems = _stems(tensors, folder)
@@ -102,7 +102,7 @@ def _plain_lora(config, path: Path) -> tuple[int, float]:
             "path_initial_model_for_weight_conversion), or merge it into a model"
         )
     for name in sorted(config.keys() - _HARMLESS):
-        if config[name] not in (None, False, "none") and config[name] != {} and config[name] != []:
+        if config[name] not in (None, False, "none", {}, []):
             raise UserError(f"{path}: {name}={config[name]!r} is not supported; merge the adapter into a model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:

@@ -8,7 +8,6 @@ diffusers' `QwenImageTransformer2DModel`.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from qirl.kernels.gated_residual import gated_residual
 from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
 from qirl.kernels.residual_norm import residual_norm
+from qirl.models import qwen_image_21
 from qirl.models.architecture import check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
 from qirl.models.qwen_image_21 import MakeLinear, Weight, model_time
@@ -47,10 +47,10 @@ class QwenImageConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        check_sizes(self)
         for name in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
             if getattr(self, name):
                 raise UserError(f"model config field {name}=true is not supported; use a Qwen-Image or Edit model")
-        check_sizes(self)
 
     @property
     def width(self) -> int:
@@ -135,23 +135,12 @@ class Block(nn.Module):
         return gated_residual(x, mlp(normed), gate2, row, bounded=False)
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoids of t (cosines first), times 1000, then a two-layer MLP."""
+class TimeEmbedding(qwen_image_21.TimeEmbedding):
+    """That of 2.1 with biases; diffusers rounds in another order."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.timestep_embedder = nn.Module()
-        self.timestep_embedder.linear_1 = biased_linear(256, width)
-        self.timestep_embedder.linear_2 = biased_linear(width, width)
-        with torch.device("cpu"):
-            self.rates = {torch.device("cpu"): torch.exp(-math.log(10000) * torch.arange(128).float() / 128)}
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        if t.device not in self.rates:
-            self.rates[t.device] = self.rates[torch.device("cpu")].to(t.device)
-        angles = 1000 * (t.float()[:, None] * self.rates[t.device])
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(t.dtype)
-        return self.timestep_embedder.linear_2(F.silu(self.timestep_embedder.linear_1(waves)))
+    @staticmethod
+    def angles(t: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        return 1000.0 * (t * rates)
 
 
 class QwenImage(nn.Module):
@@ -161,7 +150,7 @@ class QwenImage(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         self.rope = Rope(config.axes_dims_rope)
-        self.time_text_embed = TimeEmbedding(width)
+        self.time_text_embed = TimeEmbedding(width, biased_linear)
         self.txt_norm = Weight(torch.ones(config.joint_attention_dim))
         self.img_in = biased_linear(config.in_channels, width)
         self.txt_in = biased_linear(config.joint_attention_dim, width)

@@ -48,15 +48,13 @@ class QwenImage21Config:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
-        if type(self.causal_condition) is not bool:
-            raise UserError(f"model config field causal_condition={self.causal_condition!r} must be true or false")
+        check_sizes(self)
         if not self.causal_condition:
             raise UserError(
                 "causal_condition=false is not supported: the prefix would depend on the noise level; use a model with true"
             )
         if self.patch_size != 1:
             raise UserError(f"patch_size={self.patch_size} is not supported; 2.1 models have patch_size 1")
-        check_sizes(self)
         if type(self.eps) not in (int, float) or not 0 < self.eps < 1:
             raise UserError(f"model config field eps={self.eps!r} must be a number in (0, 1), such as 1e-6")
 
@@ -162,11 +160,11 @@ def model_time(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class TimeEmbedding(nn.Module):
     """Sinusoids of 1000 t (cosines first), then a two-layer MLP."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, make_linear: MakeLinear = plain_linear):
         super().__init__()
         self.timestep_embedder = nn.Module()
-        self.timestep_embedder.linear_1 = plain_linear(256, width)
-        self.timestep_embedder.linear_2 = plain_linear(width, width)
+        self.timestep_embedder.linear_1 = make_linear(256, width)
+        self.timestep_embedder.linear_2 = make_linear(width, width)
         with torch.device("cpu"):  # a table as in Rope: never rounded by model.to(), copied to each device once
             rates = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
         self.rates = {torch.device("cpu"): rates}
@@ -174,10 +172,14 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         if t.device not in self.rates:
             self.rates[t.device] = self.rates[torch.device("cpu")].to(t.device)
-        rates = self.rates[t.device]
-        angles = 1000.0 * t.float()[:, None] * rates
+        angles = self.angles(t.float()[:, None], self.rates[t.device])
         waves = torch.cat([angles.cos(), angles.sin()], -1).to(t.dtype)
         return self.timestep_embedder.linear_2(F.silu(self.timestep_embedder.linear_1(waves)))
+
+    @staticmethod
+    def angles(t: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        """1000 t * rates, in diffusers' order of rounding."""
+        return 1000.0 * t * rates
 
 
 class QwenImage21(nn.Module):
