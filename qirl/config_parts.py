@@ -9,6 +9,11 @@ from pydantic import model_validator
 from qirl.config_sections import Section, option, require
 
 
+def between(value: float, low: float, high: float) -> float:
+    """Where `value` lies from `low` (0) to `high` (1), clipped to [0, 1]; NaN stays NaN."""
+    return value if value != value else min(1.0, max(0.0, (value - low) / (high - low)))
+
+
 class Affine(Section):
     """A measure becomes a score by its two ends: `low` is 0, `high` is 1, what lies beyond is clipped."""
 
@@ -22,7 +27,7 @@ class Affine(Section):
 
     def score(self, value: float) -> float:
         """The measure `value` in [0, 1]; NaN stays NaN."""
-        return value if value != value else min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
+        return between(value, self.low, self.high)
 
 
 class Weights(Affine):

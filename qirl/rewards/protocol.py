@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from qirl.config_parts import between
 from qirl.data.images import as_uint8
 from qirl.errors import UserError
 
@@ -113,9 +114,9 @@ def _scores(reward: Reward, number: int, row: Mapping[str, Any]) -> Scores:
 def _score(reward: Reward, number: int, name: str, value: Any) -> float:
     if value is None:
         return math.nan
-    if getattr(value, "ndim", 0) != 0 or isinstance(value, (str, bytes)):
-        raise UserError(f"reward {name_of(reward)}, sample {number}: {name}={_short(value)} is no number; {FORM}")
     try:
+        if getattr(value, "ndim", 0) != 0 or isinstance(value, (str, bytes)):  # float() would take some of them
+            raise TypeError
         score = float(value)
     except (TypeError, ValueError):
         raise UserError(
@@ -127,10 +128,7 @@ def _score(reward: Reward, number: int, name: str, value: Any) -> float:
         )
     bounds = getattr(reward, "range", None)
     bounds = bounds.get(name) if isinstance(bounds, Mapping) else bounds
-    if bounds is None or math.isnan(score):
-        return score
-    low, high = bounds
-    return min(1.0, max(0.0, (score - low) / (high - low)))
+    return score if bounds is None else between(score, *bounds)
 
 
 def _short(value: Any) -> str:
