@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 // What the last op that failed on this thread said; empty once qirl_take_error has handed it on. One for each library.
 inline thread_local std::string last_error;
 
-// A boxed op that throws nothing: before torch 2.13 an exception that leaves an op ends the process. What is thrown inside is
+// A boxed op that throws nothing: on torch 2.11 an exception that leaves an op ends the process. What is thrown inside is
 // kept for kernels/_native.py, which raises it; the op then returns tensors without elements.
 template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
 void guarded(StableIValue* stack, uint64_t arguments, uint64_t outputs) noexcept {

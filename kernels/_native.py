@@ -1,7 +1,7 @@
 """Loads what `python setup.py build_ext --inplace` made of csrc/, if it was built.
 
 Its ops (`qirl::flow_step`, ...) then exist in torch for the CPU, and for CUDA where torch sees a GPU and nvcc was there.
-Nothing here falls back: op files ask `on(...)` and choose. No exception leaves csrc, since torch before 2.13 would end the
+Nothing here falls back: op files ask `on(...)` and choose. No exception leaves csrc, since torch 2.11 would end the
 process: an op that refuses its input keeps the reason, and `op_of` raises it. So ops are called through `op_of` alone.
 """
 
@@ -29,10 +29,9 @@ def load() -> bool:
     cpu, cuda = library("cpu"), library("cuda")
     if not cpu.is_file():
         return False
-    for path in (cpu, cuda):
-        if path == cpu or (cuda.is_file() and torch.cuda.is_available()):
-            torch.ops.load_library(path)
-            _errors.append(ctypes.CDLL(str(path)).qirl_take_error)
+    for path in (cpu, cuda) if cuda.is_file() and torch.cuda.is_available() else (cpu,):
+        torch.ops.load_library(path)
+        _errors.append(ctypes.CDLL(str(path)).qirl_take_error)
     return True
 
 

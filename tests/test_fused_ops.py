@@ -453,7 +453,7 @@ def test_what_would_read_beside_the_tensors_is_refused(change, message, monkeypa
 
 
 def test_an_input_refused_in_a_backward_is_an_error_in_python(monkeypatch, csrc):
-    """It must not leave csrc as an exception, which ends the process before torch 2.13."""
+    """It must not leave csrc as an exception, which ends the process on torch 2.11."""
     monkeypatch.setenv("QIRL_KERNELS", "auto")
     _, v = draws(2, 4, 16, "cpu")
     row, offset = rows_of((4,), "cpu"), torch.tensor([0, 4])
