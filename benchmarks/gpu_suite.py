@@ -38,7 +38,7 @@ def steps(out: Path, seconds: float = THROUGHPUT) -> dict[str, list[str]]:
     throughput = ["--repetitions", "3", "--seconds", str(seconds), "--out", str(out / "throughput.json")]
     return {
         "build": [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        "native": [*pytest_command(), "tests/test_native_philox.py"],
+        "native": [*pytest_command(), "tests/test_native_philox.py", "tests/test_native_refusals.py"],
         "gpu": [*pytest_command(), "-m", "gpu", "--continue-on-collection-errors", "tests", *of_ops],
         "kernels": [sys.executable, "benchmarks/kernel_times.py", "--out", str(out / "kernels.json")],
         "throughput": [sys.executable, "benchmarks/throughput.py", *throughput],

@@ -11,30 +11,35 @@ static std::tuple<Tensor, Tensor> group_advantage(Tensor scores, Tensor applies,
                                                   Tensor floors, Tensor scale, double floor, double clip,
                                                   int64_t convention) {
   const Beside beside{scores};
-  const int64_t samples = scores.size(0), components = scores.size(1);
-  STD_TORCH_CHECK(order.numel() == samples && group.numel() == samples && scale.numel() == samples &&
-                      weights.numel() == samples * components && applies.numel() == samples * components &&
-                      floors.numel() == components,
-                  "group_advantage: tensors do not fit scores [", samples, ", ", components, "]");
+  check(scores.dim() == 2, "scores must be [samples, components], and has ", scores.dim(), " dimension(s)");
+  const int64_t samples = size(scores, 0), components = size(scores, 1);
+  check(order.numel() == samples && group.numel() == samples && scale.numel() == samples &&
+        weights.numel() == samples * components && applies.numel() == samples * components &&
+        floors.numel() == components,
+        "group_advantage: tensors do not fit scores [", samples, ", ", components, "]");
+  qirl::AdvantageCall call{samples,
+                           components,
+                           beside.of<double>(scores, "scores", ScalarType::Double, 2),
+                           beside.of<double>(weights, "weights", ScalarType::Double, 2),
+                           beside.of<uint8_t>(applies, "applies", ScalarType::Bool, 2),
+                           beside.integers(order, "order"),
+                           beside.integers(group, "group"),
+                           beside.of<double>(floors, "floors", ScalarType::Double, 1),
+                           beside.of<double>(scale, "scale", ScalarType::Double, 1),
+                           floor,
+                           clip,
+                           static_cast<int>(convention),
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           nullptr};
+  if (refused()) return Nothing{scores};
   Tensor advantage = empty(scores, {samples}), valid = empty(scores, {samples}, ScalarType::Bool);
   Tensor kept = empty(scores, {2, samples}, ScalarType::Double);
-  double* total = static_cast<double*>(kept.data_ptr());
-  const qirl::AdvantageCall call{samples,
-                                 components,
-                                 beside.of<double>(scores, "scores", ScalarType::Double, 2),
-                                 beside.of<double>(weights, "weights", ScalarType::Double, 2),
-                                 beside.of<uint8_t>(applies, "applies", ScalarType::Bool, 2),
-                                 beside.integers(order, "order"),
-                                 beside.integers(group, "group"),
-                                 beside.of<double>(floors, "floors", ScalarType::Double, 1),
-                                 beside.of<double>(scale, "scale", ScalarType::Double, 1),
-                                 floor,
-                                 clip,
-                                 static_cast<int>(convention),
-                                 total,
-                                 total + samples,
-                                 static_cast<float*>(advantage.data_ptr()),
-                                 static_cast<uint8_t*>(valid.data_ptr())};
+  call.total = static_cast<double*>(kept.data_ptr());
+  call.value = call.total + samples;
+  call.advantage = static_cast<float*>(advantage.data_ptr());
+  call.valid = static_cast<uint8_t*>(valid.data_ptr());
 #ifdef QIRL_CUDA
   on_cuda(call, scores, qirl_group_advantage);
 #else
@@ -54,5 +59,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qirl, CPU, m) {
 #endif
-  m.impl("group_advantage", GUARDED(&group_advantage));
+  m.impl("group_advantage", TORCH_BOX(&group_advantage));
 }

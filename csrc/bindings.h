@@ -7,41 +7,29 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
-#include <cstring>
-#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "philox.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What the last op that failed on this thread said; empty once qirl_take_error has handed it on. One for each library.
+// What the first check that failed on this thread said, until qirl_take_error hands it on. One for each library.
 inline thread_local std::string last_error;
 
-// A boxed op that throws nothing: on torch 2.11 an exception that leaves an op ends the process. What is thrown inside is
-// kept for kernels/_native.py, which raises it; the op then returns tensors without elements.
-template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
-void guarded(StableIValue* stack, uint64_t arguments, uint64_t outputs) noexcept {
-  try {
-    boxed(stack, arguments, outputs);
-    return;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "an unknown error in csrc";
-  }
-  for (uint64_t i = 0; i < outputs; ++i) {
-    const int64_t none = 0, one = 1;
-    AtenTensorHandle handle = nullptr;
-    aoti_torch_empty_strided(1, &none, &one, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle);
-    stack[i] = 0;
-    std::memcpy(&stack[i], &handle, sizeof(handle));
-  }
+inline void append(const char* part) { last_error += part; }
+inline void append(int64_t part) { last_error += std::to_string(part); }
+
+// Keeps the message of the first check that fails; kernels/_native.py raises it after the call. Nothing of csrc throws:
+// where the compiler's run-time library is not the one that torch runs with, a throw can end the process.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok && last_error.empty()) (append(parts), ...);
 }
-#define GUARDED(function) (&guarded<&TORCH_BOX(function)>)
+inline bool refused() { return !last_error.empty(); }
 
 #ifdef QIRL_CUDA
 using cudaStream_t = struct CUstream_st*;
@@ -54,7 +42,7 @@ void on_cuda(const Call& call, const Tensor& like, const char* (*launch)(const C
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   const char* error = launch(&call, static_cast<cudaStream_t>(stream));
-  STD_TORCH_CHECK(error == nullptr, "qirl on CUDA: ", error ? error : "");
+  check(error == nullptr, "qirl on CUDA: ", error ? error : "");
 }
 #else
 // unit(i) for all i below `count`, over torch's threads, `grain` at a time; `message` where one returns false.
@@ -68,27 +56,44 @@ void on_cpu(int64_t count, int64_t grain, const char* message, Unit unit) {
     for (int64_t i = begin; i < end; ++i) all &= own(i);
     if (!all) ok = false;
   });
-  STD_TORCH_CHECK(ok, message);
+  check(ok, message);
 }
 #endif
 
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float) {
+  return torch::stable::new_empty(like, std::vector<int64_t>(size), dtype);
+}
+
+// 0 where there is no such dimension: a check may ask before it is known that there is.
+inline int64_t size(const Tensor& t, int64_t dim) { return dim < t.dim() ? t.size(dim) : 0; }
+
 namespace {
 
-// Pointers of tensors that must lie beside `like`, in its device.
+// What a refused call returns: tensors without elements.
+struct Nothing {
+  const Tensor& like;
+  operator Tensor() const { return empty(like, {0}); }
+  template <class... T>
+  operator std::tuple<T...>() const {
+    return {static_cast<T>(*this)...};
+  }
+};
+
+// Pointers of tensors that must lie beside `like`, in its device; of no use once a check has failed.
 struct Beside {
   const Tensor& like;
 
   template <class T>
   T* of(const Tensor& t, const char* name, ScalarType dtype, int64_t dim) const {
-    STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has another dtype than this op takes");
-    STD_TORCH_CHECK(t.dim() == dim && t.is_contiguous(), name, " must be contiguous with ", dim, " dimension(s)");
-    STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                    " is on another device than the first tensor");
+    check(t.scalar_type() == dtype, name, " has another dtype than this op takes");
+    check(t.dim() == dim && t.is_contiguous(), name, " must be contiguous with ", dim, " dimension(s)");
+    check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+          " is on another device than the first tensor");
     return static_cast<T*>(t.data_ptr());
   }
   const int64_t* integers(const Tensor& t, const char* name, int64_t dim = 1) const {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == dim && t.is_contiguous(), name,
-                    " must be contiguous int64 with ", dim, " dimension(s)");
+    check(t.scalar_type() == ScalarType::Long && t.dim() == dim && t.is_contiguous(), name,
+          " must be contiguous int64 with ", dim, " dimension(s)");
     return of<int64_t>(t, name, ScalarType::Long, dim);
   }
   float* floats(const Tensor& t, const char* name, int64_t dim = 1) const {
@@ -98,17 +103,13 @@ struct Beside {
 
 }  // namespace
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype = ScalarType::Float) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(size), dtype);
-}
-
 // The draws of rows; counters are int64 [R], token int64 [N].
 inline qirl::Noise noise_of(const Tensor& like, int64_t seed, const Tensor& prompt, const Tensor& sample_word,
                             const Tensor& step_word, const Tensor& token, int64_t channels) {
   const Beside beside{like};
-  STD_TORCH_CHECK(prompt.numel() == sample_word.numel() && prompt.numel() == step_word.numel(),
-                  "prompt, sample_word and step_word differ in length: ", prompt.numel(), ", ", sample_word.numel(),
-                  " and ", step_word.numel());
+  check(prompt.numel() == sample_word.numel() && prompt.numel() == step_word.numel(),
+        "prompt, sample_word and step_word differ in length: ", prompt.numel(), ", ", sample_word.numel(),
+        " and ", step_word.numel());
   return {static_cast<uint64_t>(seed), prompt.numel(), channels / 4, beside.integers(prompt, "prompt"),
           beside.integers(sample_word, "sample_word"), beside.integers(step_word, "step_word"),
           beside.integers(token, "token")};

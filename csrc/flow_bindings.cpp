@@ -69,13 +69,13 @@ struct Tokens {
   bool wide = true;
 
   const void* of(const Tensor& t, const char* name, bool bf16) {
-    STD_TORCH_CHECK(t.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float), name,
-                    " has another dtype than its neighbours: float32 or bfloat16 for all states, and for all velocities");
-    STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous() && t.size(0) == like.size(0) && t.size(1) == like.size(1), name,
-                    " must be contiguous [", like.size(0), ", ", like.size(1), "]");
-    STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                    " is on another device than the first tensor");
-    wide = wide && t.size(1) % 8 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+    check(t.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float), name,
+          " has another dtype than its neighbours: float32 or bfloat16 for all states, and for all velocities");
+    check(t.dim() == 2 && t.is_contiguous() && size(t, 0) == size(like, 0) && size(t, 1) == size(like, 1), name,
+          " must be contiguous [", size(like, 0), ", ", size(like, 1), "]");
+    check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+          " is on another device than the first tensor");
+    wide = wide && size(t, 1) % 8 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
     return t.data_ptr();
   }
   const void* of(const Maybe& t, const char* name, bool bf16) { return t ? of(*t, name, bf16) : nullptr; }
@@ -87,22 +87,23 @@ static bool is_bf16(const Tensor& t) { return t.scalar_type() == ScalarType::BFl
 
 static qirl::TokenCall tokens_of(const Tensor& state, const Tensor& v, const Tensor& row, int64_t rows,
                                  const int64_t* offset) {
-  STD_TORCH_CHECK(v.dim() == 2 && row.numel() == v.size(0), "row must name the sample of each of the ", v.size(0),
-                  " tokens, and has ", row.numel());
-  return {v.size(0), v.size(1), is_bf16(state), is_bf16(v), true, rows, Beside{v}.integers(row, "row"), offset};
+  check(v.dim() == 2 && row.numel() == size(v, 0), "row must name the sample of each of the ", size(v, 0),
+        " tokens, and has ", row.numel());
+  if (refused()) return {};
+  return {size(v, 0), size(v, 1), is_bf16(state), is_bf16(v), true, rows, Beside{v}.integers(row, "row"), offset};
 }
 
 static const int64_t* offsets(const Tensor& offset, const Tensor& like, int64_t rows) {
-  STD_TORCH_CHECK(offset.numel() == rows + 1, "offset must have one entry more than the ", rows, " rows, and has ",
-                  offset.numel());
+  check(offset.numel() == rows + 1, "offset must have one entry more than the ", rows, " rows, and has ",
+        offset.numel());
   return Beside{like}.integers(offset, "offset");
 }
 
 static qirl::Steps steps_of(const Tensor& t, const Tensor& s, const Tensor& cap, const Tensor& mode, double level,
                             double sine) {
   const Beside beside{t};
-  STD_TORCH_CHECK(s.numel() == t.numel() && cap.numel() == t.numel() && mode.numel() == t.numel(),
-                  "t, s, cap and mode differ in length");
+  check(s.numel() == t.numel() && cap.numel() == t.numel() && mode.numel() == t.numel(),
+        "t, s, cap and mode differ in length");
   return {t.numel(), beside.floats(t, "t"), beside.floats(s, "s"), beside.floats(cap, "cap"),
           beside.integers(mode, "mode"), static_cast<float>(level), static_cast<float>(sine)};
 }
@@ -120,11 +121,12 @@ static Two flow_step(Tensor x, Tensor v, Maybe uncond, Tensor row, Tensor t, Ten
   call.steps = steps_of(t, s, cap, mode, level, sine);
   call.noisy = prompt.has_value();
   if (call.noisy) {
-    STD_TORCH_CHECK(call.channels % 4 == 0, "channels=", call.channels, " is not a multiple of 4: noise comes in fours");
+    check(call.channels % 4 == 0, "channels=", call.channels, " is not a multiple of 4: noise comes in fours");
     call.noise = noise_of(v, seed, *prompt, *sample_word, *step_word, *token, call.channels);
-    STD_TORCH_CHECK(call.noise.rows == call.rows && token->numel() == call.calls,
-                    "the noise must have a counter for each of the ", call.rows, " rows and ", call.calls, " tokens");
+    check(call.noise.rows == call.rows && token->numel() == call.calls,
+          "the noise must have a counter for each of the ", call.rows, " rows and ", call.calls, " tokens");
   }
+  if (refused()) return Nothing{v};
   call.rounds = rounds;
   Tensor next = empty(v, {call.calls, call.channels}), sums = empty(v, {squares ? call.calls : 0});
   call.x_next = static_cast<float*>(next.data_ptr());
@@ -151,7 +153,7 @@ static qirl::PolicyCall policy_of(const Tensor& v, const Tensor& v_old, const Te
 // What both directions of nft and of the ratio read beside the tokens.
 static void read_nft(qirl::PolicyCall& call, const Tensor& t, const Tensor& r, double beta, double scale) {
   const Beside beside{t};
-  STD_TORCH_CHECK(r.numel() == t.numel(), "t and r differ in length: ", t.numel(), " and ", r.numel());
+  check(r.numel() == t.numel(), "t and r differ in length: ", t.numel(), " and ", r.numel());
   call.steps.t = beside.floats(t, "t");
   call.share = beside.floats(r, "r");
   call.beta = static_cast<float>(beta);
@@ -160,6 +162,7 @@ static void read_nft(qirl::PolicyCall& call, const Tensor& t, const Tensor& r, d
 
 template <qirl::Policy kind>
 static Five losses(qirl::PolicyCall call, const Tensor& v) {
+  if (refused()) return Nothing{v};
   Tensor sums = empty(v, {call.calls, 5}), loss = empty(v, {call.rows}), kl = empty(v, {call.rows});
   Tensor ratio = empty(v, {call.rows}), clipped = empty(v, {call.rows}, ScalarType::Bool);
   Tensor coefficients = empty(v, {call.rows, 2});
@@ -177,10 +180,13 @@ template <qirl::Policy kind>
 static Tensor gradient(qirl::PolicyCall call, const Tensor& v, const Tensor& dloss, const Tensor& dkl,
                        const Tensor& coefficients) {
   const Beside beside{v};
-  Tensor dv = torch::stable::empty_like(v);
   call.dloss = beside.floats(dloss, "dloss");
   call.dkl = beside.floats(dkl, "dkl");
   call.coefficients = beside.floats(coefficients, "coefficients", 2);
+  check(dloss.numel() == call.rows && dkl.numel() == call.rows && coefficients.numel() == 2 * call.rows,
+        "dloss, dkl and coefficients must have one entry for each of the ", call.rows, " rows");
+  if (refused()) return Nothing{v};
+  Tensor dv = torch::stable::empty_like(v);
   call.dv = dv.data_ptr();
   run<kind>(call, v);
   return dv;
@@ -210,7 +216,7 @@ static Five policy_ratio(Tensor v, Tensor v_old, Tensor x, Tensor x_next, Maybe 
   qirl::PolicyCall call = policy_of(v, v_old, x, x_next, v_ref, row, offset, t.numel());
   call.steps = steps_of(t, s, cap, mode, level, sine);
   call.advantage = Beside{v}.floats(advantage, "advantage");
-  STD_TORCH_CHECK(advantage.numel() == call.rows, "advantage must have ", call.rows, " entries");
+  check(advantage.numel() == call.rows, "advantage must have ", call.rows, " entries");
   call.clip_low = static_cast<float>(clip_low);
   call.clip_high = static_cast<float>(clip_high);
   call.guard = guard;
@@ -240,6 +246,7 @@ static qirl::MatchCall match_of(const Tensor& v, const Tensor& cond, const Maybe
 
 static Tensor velocity_match(Tensor v, Tensor cond, Maybe uncond, Tensor row, Tensor offset, double guidance, bool rescale) {
   qirl::MatchCall call = match_of(v, cond, uncond, row, offset, guidance, rescale);
+  if (refused()) return Nothing{v};
   Tensor sums = empty(v, {call.calls}), loss = empty(v, {call.rows});
   call.sums = static_cast<float*>(sums.data_ptr());
   call.loss = static_cast<float*>(loss.data_ptr());
@@ -250,8 +257,10 @@ static Tensor velocity_match(Tensor v, Tensor cond, Maybe uncond, Tensor row, Te
 static Tensor velocity_match_backward(Tensor dloss, Tensor v, Tensor cond, Maybe uncond, Tensor row, Tensor offset,
                                       double guidance, bool rescale) {
   qirl::MatchCall call = match_of(v, cond, uncond, row, offset, guidance, rescale);
-  Tensor dv = torch::stable::empty_like(v);
   call.dloss = Beside{v}.floats(dloss, "dloss");
+  check(dloss.numel() == call.rows, "dloss must have ", call.rows, " entries, and has ", dloss.numel());
+  if (refused()) return Nothing{v};
+  Tensor dv = torch::stable::empty_like(v);
   call.dv = dv.data_ptr();
   run(call, v);
   return dv;
@@ -279,11 +288,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qirl, CPU, m) {
 #endif
-  m.impl("flow_step", GUARDED(&flow_step));
-  m.impl("policy_nft", GUARDED(&policy_nft));
-  m.impl("policy_nft_backward", GUARDED(&policy_nft_backward));
-  m.impl("policy_ratio", GUARDED(&policy_ratio));
-  m.impl("policy_ratio_backward", GUARDED(&policy_ratio_backward));
-  m.impl("velocity_match", GUARDED(&velocity_match));
-  m.impl("velocity_match_backward", GUARDED(&velocity_match_backward));
+  m.impl("flow_step", TORCH_BOX(&flow_step));
+  m.impl("policy_nft", TORCH_BOX(&policy_nft));
+  m.impl("policy_nft_backward", TORCH_BOX(&policy_nft_backward));
+  m.impl("policy_ratio", TORCH_BOX(&policy_ratio));
+  m.impl("policy_ratio_backward", TORCH_BOX(&policy_ratio_backward));
+  m.impl("velocity_match", TORCH_BOX(&velocity_match));
+  m.impl("velocity_match_backward", TORCH_BOX(&velocity_match_backward));
 }

@@ -1,6 +1,7 @@
 // qirl::philox_words and qirl::philox_normal on torch's stable ABI. Every *.cpp here is compiled once for the CPU, with the
 // schemas, and where nvcc is once more with QIRL_CUDA, for the CUDA implementations alone.
 #include <algorithm>
+#include <cstring>
 
 #include "bindings.h"
 #include "philox.h"
@@ -28,9 +29,10 @@ extern "C" size_t qirl_take_error(char* text, size_t size) {
 
 static Tensor philox_words(Tensor counter, int64_t seed) {
   const int64_t* words = Beside{counter}.integers(counter, "counter", 2);
-  STD_TORCH_CHECK(counter.size(1) == 4, "counter must be [N, 4], not [N, ", counter.size(1), "]");
+  check(size(counter, 1) == 4, "counter must be [N, 4], not [N, ", size(counter, 1), "]");
+  if (refused()) return Nothing{counter};
   Tensor out = torch::stable::empty_like(counter);
-  const qirl::WordsCall call{counter.size(0), static_cast<uint64_t>(seed), words,
+  const qirl::WordsCall call{size(counter, 0), static_cast<uint64_t>(seed), words,
                              static_cast<int64_t*>(out.data_ptr())};
   RUN(call, counter, qirl_philox_words);
   return out;
@@ -38,13 +40,14 @@ static Tensor philox_words(Tensor counter, int64_t seed) {
 
 static Tensor philox_normal(int64_t seed, Tensor prompt, Tensor sample_word, Tensor step_word, Tensor row, Tensor token,
                             int64_t channels) {
-  STD_TORCH_CHECK(channels > 0 && channels % 4 == 0, "channels=", channels, " is not a positive multiple of 4");
-  STD_TORCH_CHECK(row.numel() == token.numel(), "row and token differ in length: ", row.numel(), " and ",
-                  token.numel());
+  check(channels > 0 && channels % 4 == 0, "channels=", channels, " is not a positive multiple of 4");
+  check(row.numel() == token.numel(), "row and token differ in length: ", row.numel(), " and ",
+        token.numel());
+  const qirl::Noise noise = noise_of(row, seed, prompt, sample_word, step_word, token, channels);
+  const int64_t* rows = Beside{row}.integers(row, "row");
+  if (refused()) return Nothing{row};
   Tensor out = empty(row, {row.numel(), channels});
-  const qirl::NormalCall call{row.numel() * (channels / 4),
-                              noise_of(row, seed, prompt, sample_word, step_word, token, channels),
-                              Beside{row}.integers(row, "row"), static_cast<float*>(out.data_ptr())};
+  const qirl::NormalCall call{row.numel() * (channels / 4), noise, rows, static_cast<float*>(out.data_ptr())};
   RUN(call, row, qirl_philox_normal);
   return out;
 }
@@ -60,6 +63,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qirl, CPU, m) {
 #endif
-  m.impl("philox_words", GUARDED(&philox_words));
-  m.impl("philox_normal", GUARDED(&philox_normal));
+  m.impl("philox_words", TORCH_BOX(&philox_words));
+  m.impl("philox_normal", TORCH_BOX(&philox_normal));
 }

@@ -1,8 +1,8 @@
 """Loads what `python setup.py build_ext --inplace` made of csrc/, if it was built.
 
 Its ops (`qirl::flow_step`, ...) then exist in torch for the CPU, and for CUDA where torch sees a GPU and nvcc was there.
-Nothing here falls back: op files ask `on(...)` and choose. No exception leaves csrc, since torch 2.11 would end the
-process: an op that refuses its input keeps the reason, and `op_of` raises it. So ops are called through `op_of` alone.
+Nothing here falls back: op files ask `on(...)` and choose. csrc throws nothing: an op that refuses its input keeps the
+reason, and `op_of` raises it. So ops are called through `op_of` alone.
 """
 
 from __future__ import annotations
