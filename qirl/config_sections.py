@@ -282,7 +282,9 @@ class Pretrain(Section):
 
 
 class Teacher(Section):
-    path: str | None = option(None, "a finished run, a model folder, or the adapter folder of a LoRA run on model.path")
+    path: str | None = option(
+        None, "a finished run, a model folder, or an adapter of model.path: peft's, diffusers' or kohya's"
+    )
     task: Literal["t2i", "edit"] = option("t2i", "whose prompts it teaches")
     guidance: float = option(1.0, "classifier-free guidance scale it teaches with", ge=0)
     rescale: bool = option(False, "its guidance with norm rescale (Qwen-Image 1.x)")

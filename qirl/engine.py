@@ -284,7 +284,7 @@ class Engine:
 
     def export(self, facts: dict) -> Path:
         """Writes model/ (a diffusers folder, adapters merged, averaged weights where the run keeps them) and, for a LoRA
-        run, adapter/ (the adapters alone, as peft reads them)."""
+        run, adapter/ (the adapters alone, as peft and diffusers read them)."""
         target = self.folder.path / "model"
         with self.weights.using("ema" if "ema" in self.weights.copies else None):
             state = {k: whole(v) for k, v in self.model.state_dict().items()}

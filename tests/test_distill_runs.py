@@ -24,7 +24,7 @@ from qirl.distill.schedule import teacher_of
 from qirl.distill.teachers import Source, Teachers, find_sources
 from qirl.distill.trainer import accumulate, distill, lesson_of, open_distiller, shares_of
 from qirl.errors import UserError
-from qirl.models.adapters import read_adapter
+from qirl.models.adapter_files import read_adapter
 from qirl.models.weights import load_model
 from qirl.packing import Target, pack
 from qirl.parallel.data import Ranks
@@ -355,7 +355,7 @@ def test_a_teacher_of_another_kind_is_refused_before_anything_is_written(tmp_pat
     assert "is missing or no LoRA matrix" in said(short)
     change(short / "adapter_config.json", r=3)
     save_file(tensors, short / "adapter_model.safetensors")
-    assert "with r=3" in said(short)
+    assert "has rank 2, its config says 3" in said(short)
     (short / "adapter_model.safetensors").unlink()
     assert "does not exist" in said(short)
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from qirl.errors import UserError
-from qirl.models.adapters import CONFIG, PREFIX, WEIGHTS, read_adapter
+from qirl.models.adapter_files import read_adapter
+from qirl.models.adapters import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from qirl.models.lora import TARGETS, add_lora
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 
@@ -54,9 +55,9 @@ def adapter(folder, **changes):
     from peft import LoraConfig
 
     LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"]).save_pretrained(str(folder))
-    config = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps(config))
-    save_file({f"{PREFIX}x.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"}, folder / WEIGHTS)
+    config = json.loads((folder / PEFT_CONFIG).read_text()) | changes
+    (folder / PEFT_CONFIG).write_text(json.dumps(config))
+    save_file({f"{PEFT_PREFIX}x.lora_{k}.weight": torch.zeros(2, 2) for k in "AB"}, folder / PEFT_WEIGHTS)
     return folder
 
 
@@ -64,7 +65,7 @@ def adapter(folder, **changes):
     "changes, scale", [({}, 2.0), ({"use_rslora": True}, 4 / 2**0.5), ({"init_lora_weights": "gaussian"}, 2.0)]
 )
 def test_plain_adapters_as_peft_writes_them_are_read(tmp_path, changes, scale):
-    assert read_adapter(adapter(tmp_path, **changes)).scale == pytest.approx(scale)
+    assert read_adapter(adapter(tmp_path, **changes)).matrices["x"].scale == pytest.approx(scale)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,12 @@ def test_plain_adapters_as_peft_writes_them_are_read(tmp_path, changes, scale):
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"rank_pattern": {"to_q": 4}}, "rank_pattern=.* is not supported"),
+        ({"rank_pattern": {"x": 4}}, "'x' has rank 2, its config says 4"),
+        ({"rank_pattern": {"x": 0}}, "rank_pattern.x=0 must be a whole number of at least 1"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern=.* must give numbers by module names"),
+        ({"alpha_pattern": {"x": "4"}}, "alpha_pattern.x='4' must be a number"),
+        ({"use_rslora": "yes"}, "use_rslora='yes' must be true or false"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path=3 must be text"),
         ({"modules_to_save": ["img_in"]}, "modules_to_save=.* is not supported"),
         ({"from_the_future": 3}, "from_the_future=3 is not supported"),
         ({"r": 0}, "r=0 must be a whole number of at least 1"),

@@ -18,16 +18,18 @@ from qirl.config import DistillConfig
 from qirl.engine import find_model, world_facts
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES
-from qirl.models.adapters import Adapter, add_slots, fill, is_adapter, read_adapter
+from qirl.models.adapter_files import is_adapter, read_adapter
+from qirl.models.adapters import Adapter, add_slots, fill
 from qirl.models.lora import adapter_off
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
-from qirl.models.weights import check_values, check_weights, load_config, read_weights
+from qirl.models.weights import check_weights, load_config, read_weights
 from qirl.parallel.data import Ranks, local, local_part, shard
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a teacher's weights are: a checked model folder (its variant), or an adapter of the student's base."""
+    """Where a teacher's weights are: a checked model folder (its variant), or an adapter of the student's base (a folder or
+    a file)."""
 
     folder: Path
     adapter: Adapter | None = None
@@ -65,11 +67,7 @@ def _adapter_source(option: str, folder: Path, base: Path, student: QwenImage21)
     own = _model_at(adapter.base) if adapter.base else None  # the base may have moved: its shapes are checked anyway
     if own is not None and own.resolve() != base.resolve():
         raise UserError(f"{option} is an adapter of {own}, the student starts from {base}; use one base for both")
-    adapter.check(student, folder)
-    for name, matrices in adapter.matrices.items():
-        for letter, value in zip("AB", matrices, strict=True):
-            check_values(folder, f"{name}.lora_{letter}.weight", value)
-    return Source(folder, adapter)
+    return Source(folder, adapter.fitted(student, folder))
 
 
 def _model_at(path: str) -> Path | None:
@@ -83,7 +81,7 @@ def _model_source(option: str, path: str, student: QwenImage21) -> Source:
     folder = _model_at(path)
     if folder is None:
         raise UserError(
-            f"{option} holds no model (no config.json, no model/ of a finished run, no adapter_config.json); check the path"
+            f"{option} holds no model (no config.json, no model/ of a finished run, no adapter); check the path"
         )
     own = load_config(folder)
     for field in dataclasses.fields(QwenImage21Config):
