@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from qirl.config import DistillConfig, PretrainConfig, TrainConfig, to_dict
+from qirl.config_rewards import Remote
 from qirl.config_sections import Section
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES
@@ -301,7 +302,11 @@ class Engine:
         return target
 
 
-FREE_KEYS = ("run.out", "run.keep", "run.tracker", "run.report", "run.checkpoint_every", "optimizer.max_skipped")
+# what a run that is continued may change: nothing that a step's numbers depend on
+FREE_KEYS = (
+    "run.out", "run.keep", "run.tracker", "run.report", "run.checkpoint_every", "run.samples_every", "optimizer.max_skipped",
+    "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in Remote.model_fields),
+)  # fmt: skip
 RISING_KEYS = ("run.steps",)
 
 

@@ -6,7 +6,8 @@
     -> {"choices": [{"message": {"content"}, "finish_reason": "stop" | "length", "logprobs": {"content": [{"top_logprobs"}]}}]}
 
 A brain answers: write(body, images) -> (text, finished), tokens(body, images) -> {token: log-probability}. `faults` are
-taken from the front, one a request: "500", "hang", "truncated", "count", "nan", "429", "no_logprobs", None for none.
+taken from the front, one a request: "400", "413", "422", "429", "500", "hang", "truncated", "count", "nan", "no_logprobs",
+None for none.
 """
 
 import base64
@@ -46,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(own.hang)
             self.close_connection = True
             return None
-        if fault in ("500", "429"):
+        if fault in ("400", "413", "422", "500", "429"):
             return self.answer(
                 int(fault), {"error": {"message": "fault"}}, {"Retry-After": "0"} if fault == "429" else {}
             )

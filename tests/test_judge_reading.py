@@ -1,8 +1,10 @@
 """Reading a judge's score: the protocol, what cannot move it, and a server that fails in every way."""
 
 import asyncio
+import dataclasses
 import math
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -15,7 +17,7 @@ from openai_server import MODEL, Server
 
 from qirl.config_rewards import JudgeOptions
 from qirl.errors import UserError
-from qirl.rewards.protocol import Sample
+from qirl.rewards.protocol import Sample, noise_of
 from qirl.rewards.vlm.openai_chat import OpenAIChat
 from qirl.rewards.vlm.reading import DIGITS, Written, expectation, parse, read
 from qirl.rewards.vlm.reward import JudgeReward, fit
@@ -297,7 +299,7 @@ def test_servers_are_asked_before_anything_is_drawn():
         JudgeReward("alignment", JudgeOptions(servers=(gone,), model=MODEL))
 
 
-def test_the_read_noise_is_pooled_over_samples():
+def test_scores_of_several_chains_say_how_noisy_they_are():
     calls = Counter()
 
     class Uncertain(MeanBrain):
@@ -307,9 +309,51 @@ def test_the_read_noise_is_pooled_over_samples():
 
     with Server(Uncertain()) as server:
         reward = JudgeReward("alignment", options(server, chains=2, concurrency=1))
-        assert reward.read_noise == {}
-        assert scores(reward, samples(4)) == [0.5] * 4
-    assert reward.read_noise["alignment"] == pytest.approx(1 / 4)  # standard error 1 on a scale of 4
+        rows = asyncio.run(reward(samples(4)))
+    assert [row["alignment"] for row in rows] == [0.5] * 4
+    assert [noise_of(row["alignment"]) for row in rows] == [
+        pytest.approx(1 / 4)
+    ] * 4  # standard error 1 on a scale of 4
+
+
+def test_what_is_read_depends_on_the_picture_and_the_prompt_alone():
+    """Not on the sample's number or its neighbours, which are others behind a server or after a restart."""
+
+    class Dicing(MeanBrain):
+        def write(self, body, images):
+            return f"seed {body['seed']}", True
+
+        def tokens(self, body, images):
+            said = re.search(r"seed (\d+)", body["messages"][-1]["content"])[1]
+            return {str(1 + int(said) % 5): 0.0}
+
+    given = samples(8)
+    with Server(Dicing()) as server:
+        reward = JudgeReward("alignment", options(server, chains=3))
+        before = scores(reward, given)
+        again = [dataclasses.replace(s, id=s.id + 100) for s in reversed(given)]
+        assert scores(reward, again) == before[::-1] and len(set(before)) > 2
+
+
+def test_an_image_that_is_too_thin_for_a_judge_is_that_samples_failure():
+    """After it was scaled down: 1990 x 10 pixels fit, as 199 x 1 they would; 2050 x 10 do not."""
+    given = [Sample(i, 0, "p", np.ones((10, width, 3), np.uint8)) for i, width in enumerate((1990, 2050))]
+    with Server(MeanBrain()) as server:
+        reward = JudgeReward("alignment", options(server, mode="expected_direct"))
+        found = scores(reward, given)
+        assert [math.isnan(v) for v in found] == [False, True] and len(server.requests) == 1
+    assert list(reward.failures) == [
+        "the image has 2050 x 10 pixels; a judge takes up to 200 : 1, so crop or leave it out"
+    ]
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_a_request_that_a_server_refuses_is_that_samples_failure(status):
+    with Server(MeanBrain(), faults=[None, None, status]) as server:
+        reward = JudgeReward("alignment", options(server, mode="expected_direct", concurrency=1))
+        found = scores(reward, samples(4))
+        assert sum(map(math.isnan, found)) == 1 and len(server.requests) == 4  # no second try
+    assert f"refused a request ({status}" in reward.refusal and list(reward.failures.values()) == [1]
 
 
 def test_pauses_double_are_jittered_and_bounded():

@@ -288,7 +288,10 @@ GOOD = {"images": ["a.png"], "rubric": "alignment", "prompt": "a cat", "score": 
         (GOOD | {"split": "test"}, "split=test must be one of train, validation"),
         (GOOD | {"scores": 3}, "'scores' is no field"),
         ({k: v for k, v in GOOD.items() if k != "prompt"}, "a prompt or an instruction"),
-        (GOOD | {"images": ["b.png"]}, "1 of 2 records lack images, more than judge.max_missing=0 allows"),
+        (
+            GOOD | {"images": ["b.png"]},
+            "1 of 2 records lack images they could learn from, more than judge.max_missing=0 allows",
+        ),
     ],
 )
 def test_bad_records_are_told_with_their_line(tmp_path, line, message):
@@ -304,12 +307,28 @@ def test_missing_images_within_the_share_are_left_out_and_listed(tmp_path):
     ]
 
 
+def test_what_no_judge_can_learn_from_is_left_out_before_training(tmp_path):
+    """A JPEG that breaks off among its pixels, a banner thinner than the image processor takes."""
+    path = write_records(tmp_path / "d", GOOD, GOOD | {"images": ["cut.jpg"]}, GOOD | {"images": ["a.png", "thin.png"]})
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "d/cut.jpg")
+    (tmp_path / "d/cut.jpg").write_bytes((tmp_path / "d/cut.jpg").read_bytes()[:20000])
+    Image.new("RGB", (402, 2)).save(tmp_path / "d/thin.png")
+    kept, missing = load_records(path, 0.7)
+    assert len(kept) == 1 and "cut.jpg is truncated or damaged" in missing[0]
+    assert "thin.png has 402 x 2 pixels; a judge takes up to 200 : 1" in missing[1]
+    with pytest.raises(UserError, match="2 of 3 records lack images they could learn from"):
+        load_records(path, 0.5)
+    Image.new("RGB", (400, 2)).save(tmp_path / "d/thin.png")
+    assert len(load_records(path, 0.7)[0]) == 2
+
+
 def test_an_unreadable_image_is_named(tmp_path):
     path = write_records(tmp_path / "d", GOOD)
     whole = (tmp_path / "d/a.png").read_bytes()
     (tmp_path / "d/a.png").write_bytes(whole[:45])
-    with pytest.raises(UserError, match="a.png is truncated or damaged"):  # seen where its pixels are decoded
-        load_records(path)[0][0].load()
+    with pytest.raises(UserError, match="a.png is truncated or damaged"):
+        load_records(path)
     for none in (b"no image", b"", whole[:20]):
         (tmp_path / "d/a.png").write_bytes(none)
         with pytest.raises(UserError, match="a.png is (no image of format|truncated)"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from tiny_runs import SDE, colours, merge, moody, train_config
+from tiny_runs import SDE, colours, merge, moody, train_config, uncertain
 
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
@@ -132,19 +132,21 @@ def test_every_drawn_image_is_in_the_scores_under_an_id_of_its_own(tmp_path, tin
     assert all(r["zero_signal_groups"] == r["refill/left"] for r in records)
 
 
-def start(folder: Path, values: dict, ranks: int) -> None:
+def start(folder: Path, values: dict, ranks: int, reward: str = "moody") -> None:
     folder.mkdir()
     (folder / "c.json").write_text(json.dumps(merge(values, {"run": {"out": str(folder / "out")}})))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, tiny_runs.__file__, "train", str(folder / "c.json"), "moody"]
+    command = [sys.executable, *torchrun, tiny_runs.__file__, "train", str(folder / "c.json"), reward]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
 
 
-def test_two_ranks_and_a_continued_run_refill_alike(tmp_path, tiny_model):
+@pytest.mark.parametrize("reward", [moody, uncertain])
+def test_two_ranks_and_a_continued_run_refill_alike(tmp_path, tiny_model, reward):
+    """With `uncertain` what is silent depends on the noise of all readings so far, on all ranks."""
     values = train_config(tmp_path / "x", tiny_model, REFILL).model_dump(mode="json", exclude_unset=True)
     config = train_config(tmp_path / "one", tiny_model, REFILL)
-    train(config, [moody], quiet=True)
+    train(config, [reward], quiet=True)
 
     class Stopped(Exception):
         pass
@@ -152,19 +154,19 @@ def test_two_ranks_and_a_continued_run_refill_alike(tmp_path, tiny_model):
     def stopping(samples):
         if samples[0].id >= 3 * 4 * 4 * 3:  # in step 4, after the checkpoint of step 2
             raise Stopped
-        return moody(samples)
+        return reward(samples)
 
     stopped = train_config(
         tmp_path / "again", tiny_model, REFILL, {"scoring": {"retries": 0}, "advantage": {"max_failed": 0.5}}
     )
     with pytest.raises(UserError, match="could not be scored"):
         train(stopped, [stopping], quiet=True)
-    train(stopped, [moody], quiet=True)
-    start(tmp_path / "two", values, 2)
+    train(stopped, [reward], quiet=True)
+    start(tmp_path / "two", values, 2, reward.__name__)
     shared = ("refill/silent", "refill/drawn", "refill/left", "step")
     runs = [tmp_path / "one", tmp_path / "again", tmp_path / "two/out"]
     metrics = [[{k: r[k] for k in shared} for r in read(run / "metrics.jsonl")] for run in runs]
-    assert metrics[0] == metrics[1] == metrics[2]
+    assert metrics[0] == metrics[1] == metrics[2] and 0 < sum(own["refill/silent"] for own in metrics[0])
     scores = [[(r["step"], r["id"], r["prompt_id"]) for r in read(run / "scores.jsonl")] for run in runs]
     assert scores[0] == scores[1] == scores[2]
     weights = [(run / "model/diffusion_pytorch_model.safetensors").read_bytes() for run in runs]

@@ -258,6 +258,7 @@ def test_several_texts_weigh_by_their_length(reader):
         ("„Guten Tag“ auf einem Schild", ["Guten Tag"]), ("«Bonjour» et »Hallo«", ["Bonjour", "Hallo"]),
         ("「猫」と『犬』", ["猫", "犬"]), ("the dogs' house, 'it's open'", ["it's open"]), ("6'2\" tall, 30\" wide", []),
         ("‘no end and a dog’s bone", []), ('say "a \'b\' c"', ["a 'b' c"]), ('size:"XL"', ["XL"]),
+        ("a rock 'n' roll poster with 'Elvis'", ["Elvis"]), ("‚Hallo‘ und ‹Welt› ›da‹", ["Hallo", "Welt", "da"]),
     ],
 )  # fmt: skip
 def test_texts_are_what_stands_in_quotes(prompt, texts):

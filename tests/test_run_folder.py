@@ -69,6 +69,7 @@ def test_free_keys_may_differ_alone_or_as_a_group(tmp_path):
     JsonLines(RunFolder.open(tmp_path / "run", CONFIG).metrics).append({"step": 1})
     RunFolder.open(tmp_path / "run", changed("run.out", "b"), free_keys=("run.out",))
     RunFolder.open(tmp_path / "run", changed("run.seed", 4), free_keys=("run",))
+    RunFolder.open(tmp_path / "run", changed("run.seed", 4), free_keys=("*.seed",))
     with pytest.raises(UserError, match="run.seed"):
         RunFolder.open(tmp_path / "run", changed("run.seed", 4), free_keys=("run.out", "ru"))
 

@@ -28,7 +28,7 @@ from qirl.data.images import encode
 from qirl.errors import UserError
 from qirl.policy import trainer as training
 from qirl.rewards.client import ServerReward
-from qirl.rewards.protocol import Sample
+from qirl.rewards.protocol import NoisyScore, Sample, noise_of
 from qirl.rewards.server.app import make_app
 from qirl.rewards.server.batching import Batcher, Full
 from qirl.rewards.server.wire import request_of, result, scores_of
@@ -156,7 +156,7 @@ class Faulty(Sockets):
 
     def __init__(self, faults=(), hang=0.6, port=0, slow=0.0):
         super().__init__(None, port, faults)
-        self.RequestHandlerClass, self.hang, self.slow = FaultyHandler, hang, slow
+        self.RequestHandlerClass, self.hang, self.slow, self.refuses = FaultyHandler, hang, slow, None
         self.address = f"http://127.0.0.1:{self.port}"
 
 
@@ -184,7 +184,11 @@ class FaultyHandler(BaseHTTPRequestHandler):
         random.Random(len(self.server.requests)).shuffle(results)  # ids match, not places
         if fault == "hang":
             time.sleep(self.server.hang)
-        if fault in ("500", "429", "503"):
+        refused = int(
+            self.server.refuses is not None and any(s["prompt"] == self.server.refuses for s in body["samples"])
+        )
+        if fault in ("400", "500", "429", "503") or refused:
+            fault = fault or "413"
             return self.answer(int(fault), {}, {"Retry-After": "0.01"})
         if fault == "count":
             results.pop()
@@ -263,6 +267,45 @@ def test_training_goes_on_through_faults_and_counts_what_failed(tmp_path, tiny_m
         training.train(run_config(tmp_path / "run", tiny_model, server, max_failed=1.0), quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "run/scores.jsonl").read_text().splitlines()]
     assert 0 < sum(row["scores"]["low"] is None for row in rows) < len(rows)
+
+
+def test_of_a_batch_that_is_refused_only_the_sample_to_blame_fails():
+    with Faulty() as server:
+        asked = samples(6)
+        server.refuses = asked[4].prompt
+        reward = client(server, batch=6)
+        rows = ask(reward, asked)
+    failed = [s.prompt for s, row in zip(asked, rows, strict=True) if all(map(math.isnan, row.values()))]
+    assert failed == [s.prompt for s in asked if s.prompt == server.refuses] and len(failed) < 6
+    assert "refused a request (413" in reward.refusal
+
+
+def test_a_refused_request_ends_a_run_only_where_nothing_was_ever_scored(tmp_path, tiny_model):
+    one = tmp_path / "run"
+    with Faulty(["400"] * 1000) as server:  # the user's mistake: said at once, whatever max_failed is
+        with pytest.raises(
+            UserError,
+            match="reward ServerReward of high, low has no score so far: .*refused a request \\(400.*check its options",
+        ):
+            training.train(run_config(one, tiny_model, server, max_failed=1.0), quiet=True)
+    with Faulty() as server:
+        config = run_config(one, tiny_model, server, max_failed=0.5)
+        training.train(config.model_copy(update={"run": config.run.model_copy(update={"steps": 1})}), quiet=True)
+    with Faulty(["400"] * 8) as server:  # of the continued run: the first thing that it meets
+        training.train(run_config(one, tiny_model, server, max_failed=1.0), quiet=True)
+    rows = [json.loads(line) for line in (one / "scores.jsonl").read_text().splitlines()]
+    failed = [row["step"] for row in rows if row["scores"]["low"] is None]
+    assert failed and set(failed) == {2}
+
+
+def test_the_noise_of_a_reading_travels_with_its_score():
+    def measured(given):
+        return [{"m": NoisyScore(0.25, 0.01 * s.id), "plain": 0.5} for s in given]
+
+    with Running(measured) as server:
+        rows = ask(client(server), samples(3))
+    assert [noise_of(row["m"]) for row in rows] == [0.01 * s.id for s in samples(3)]
+    assert all(row["m"] == 0.25 and math.isnan(noise_of(row["plain"])) for row in rows)
 
 
 def test_training_stops_cleanly_above_the_limit(tmp_path, tiny_model):

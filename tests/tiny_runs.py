@@ -110,7 +110,15 @@ def moody(samples):
     return [{"red": 0.5 if s.prompt_id % 3 else row["red"]} for s, row in zip(samples, colours(samples), strict=True)]
 
 
-REWARDS = {"colours": colours, "patchy": patchy, "luck": luck, "moody": moody}
+def uncertain(samples):
+    """Scores that say how noisy their reading was, differently for every sample: about half of the groups are silent."""
+    from qirl.rewards.protocol import NoisyScore
+
+    rows = colours(samples)
+    return [{"red": NoisyScore(row["red"], s.id * 37 % 11 / 100)} for s, row in zip(samples, rows, strict=True)]
+
+
+REWARDS = {"colours": colours, "patchy": patchy, "luck": luck, "moody": moody, "uncertain": uncertain}
 
 
 def experience(trainer, step=0):

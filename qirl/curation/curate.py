@@ -20,8 +20,8 @@ import torch
 
 from qirl.config import CurateConfig, to_dict
 from qirl.config_sections import Advantage, Composition, Curate
-from qirl.curation.ledger import MEASURED, RAW
-from qirl.curation.probe import Probe, collect, live_noise, open_probe
+from qirl.curation.ledger import MEASURED, NOISE, RAW
+from qirl.curation.probe import Probe, collect, open_probe
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.kernels.reward_range import expected_range, reward_range
@@ -36,7 +36,7 @@ from qirl.policy.advantages import (
     weights_of,
 )
 from qirl.policy.composition import compose
-from qirl.rewards.protocol import Reward
+from qirl.rewards.protocol import Reward, declared_noise
 from qirl.run.folder import write_bytes
 
 CURATED = "curated.jsonl"
@@ -55,8 +55,8 @@ def curate(config: CurateConfig, rewards: Sequence[Reward] = (), quiet: bool = F
     path = ledger.path.with_name(CURATED)
     if probe.ranks.first:
         header, rows = ledger.read()
-        live = live_noise(probe.rewards).items() - header["read_noise"].items()
-        measured = header.get(MEASURED, {}) | dict(live)
+        live = declared_noise(probe.rewards).items() - header["read_noise"].items()  # learned while they scored
+        measured = header.get(MEASURED, {}) | dict(live) | measured_noise(rows)
         if measured != header.get(MEASURED, {}):  # before a decision may be refused
             header |= {MEASURED: measured}
             ledger.replace(header, rows)
@@ -79,7 +79,7 @@ def check_declared(probe: Probe) -> None:
         return
     categories = sorted({p.category for p in probe.prompts})
     check_components(config.advantage, declared, categories)
-    noise = read_noise(probe.rewards, declared)
+    noise = read_noise(declared_noise(probe.rewards), declared)
     for category in categories:
         weights = torch.tensor([weights_of(config.advantage, category, declared)], dtype=torch.float64)
         check_tau(config.curate.tau, composite_noise(torch.zeros(1, len(declared)), weights, noise), category)
@@ -98,6 +98,15 @@ def composite_noise(scores: torch.Tensor, weights: torch.Tensor, noise: torch.Te
     """The largest read noise of the composite of samples [N, K] (ABSENT where a component does not apply)."""
     share = shares_of(scores != ABSENT, weights)
     return float(((share * noise.double()) ** 2).sum(1).sqrt().max())
+
+
+def measured_noise(rows: Sequence[dict]) -> dict[str, float]:
+    """{component: root mean square of the noise} of a ledger's noisy scores."""
+    found: dict[str, list[float]] = {}
+    for own in (own for row in rows for own in row.get(NOISE, ())):
+        for name, value in own.items():
+            found.setdefault(name, []).append(value**2)
+    return {name: math.sqrt(math.fsum(squares) / len(squares)) for name, squares in sorted(found.items())}
 
 
 def decide(
@@ -127,7 +136,7 @@ def _judge(row: dict, components, options: Curate, advantage: Advantage, noise, 
     weights = torch.tensor([weights_of(advantage, row["category"], components)]).expand_as(scores)
     values = composite(scores, weights)
     scored = values[~values.isnan()]
-    out = {name: row[name] for name in RAW} | {"composite": values.tolist()}
+    out = {name: row[name] for name in (*RAW, NOISE) if name in row} | {"composite": values.tolist()}
     if len(scored) < 2:
         return out | {"mean": None, "range": None, "threshold": None, "decision": "drop", "reason": "failed"}
     own = composite_noise(scores[~values.isnan()], weights[~values.isnan()], noise)

@@ -25,6 +25,7 @@ from qirl.run.logs import JsonLines, plain, read
 NAME = "ledger.jsonl"
 VERSION = 1
 RAW = ("id", "prompt", "category", "task", "scores")
+NOISE = "noise"  # a line's: [{component: noise of a NoisyScore}, one per image], where there is any
 MEASURED = "measured_noise"  # header: read noise that rewards found while they scored, over what they declared
 DRAWN = ("policy", "dtype", "world", "flow", "timesteps")  # header: what decides how a prompt's images look
 _SHOWN = 12  # digits of a hash in a message

@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 
 from qirl.config import CalibrateConfig, CurateConfig, to_dict
-from qirl.curation.ledger import NAME, RAW, VERSION, Ledger
+from qirl.curation.ledger import NAME, NOISE, RAW, VERSION, Ledger
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.data.world import DigitsWorld, make_world
@@ -32,7 +32,7 @@ from qirl.packing import Target, cut
 from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
 from qirl.policy.nodes import draw_nodes
-from qirl.rewards.protocol import Reward, Sample, name_of, unit
+from qirl.rewards.protocol import Reward, Sample, declared_noise, name_of, noise_of, unit
 from qirl.rewards.registry import identity, rewards_of
 from qirl.rewards.scorer import Scorer
 from qirl.run import lock
@@ -143,19 +143,13 @@ def begin(probe: Probe, ledger: Ledger) -> int:
 def facts(probe: Probe) -> dict:
     """The header of the ledger: everything that decides its scores, and what the rewards say of themselves."""
     config, rewards = probe.config, probe.rewards
-    noise = live_noise(rewards)
     return {
         "ledger": VERSION, "policy": policy_hash(find_model(config.model.path), config.model.variant),
         **sampler_facts(config),
         "group": config.probe.group, "seed": config.run.seed, "prompts": len(probe.prompts),
-        "rewards": [name_of(reward) for reward in rewards], "read_noise": noise,
+        "rewards": [name_of(reward) for reward in rewards], "read_noise": declared_noise(rewards),
         **({"reward_options": identity(config.rewards)} if config.rewards else {}),
     }  # fmt: skip
-
-
-def live_noise(rewards: Sequence[Reward]) -> dict[str, float]:
-    """{component: read noise} as the rewards know it now: a judge learns its own from the readings it makes."""
-    return {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
 
 
 def sampler_facts(config: CurateConfig | CalibrateConfig) -> dict:
@@ -229,6 +223,11 @@ def _collect(probe: Probe, ledger: Ledger, todo: Sequence[range], done: int, qui
         Stop() as stop,
         Live("probe", total, done, ranks.first and not quiet) as live,
     ):
+        if done:  # a reward that has scored before is not mistaken because it is refused now
+            _, *lines = ledger.lines.read()
+            scorer.scored.update(
+                name for line in lines for own in line["scores"] for name, v in own.items() if v is not None
+            )
         before = range(0)
         for run in [*own, range(0)]:
             samples = _samples(probe, run) if run else []
@@ -260,8 +259,10 @@ def _rows(probe: Probe, run: range, scorer: Scorer) -> list[tuple[int, dict]] | 
     group, rows = probe.config.probe.group, []
     for place, i in enumerate(run):
         p = probe.prompts[i]
-        own = (p.id, p.text, p.category, p.task, scores[place * group : (place + 1) * group])
-        rows.append((i, dict(zip(RAW, own, strict=True))))
+        images = scores[place * group : (place + 1) * group]
+        line = dict(zip(RAW, (p.id, p.text, p.category, p.task, images), strict=True))
+        noise = [{name: noise_of(v) for name, v in own.items() if noise_of(v) >= 0} for own in images]
+        rows.append((i, line | ({NOISE: noise} if any(noise) else {})))
     return rows
 
 

@@ -48,12 +48,6 @@ def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
         return _rgb(image, str(path))
 
 
-def check_image(path: str | Path, pixels: int = PIXELS) -> None:
-    """Raises UserError for a file that `read_image` would refuse, as far as its first bytes tell; decodes no pixel."""
-    with _opened(path, str(path), pixels, FILES) as image:
-        _white(image, str(path))
-
-
 @contextlib.contextmanager
 def _opened(source, what: str, pixels: int, formats: tuple[str, ...]) -> Iterator:
     """PIL's image of a path or a stream, with no pixel decoded. What goes wrong in the block is told, too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from qirl.config_sections import Advantage
 from qirl.errors import UserError, nearest
 from qirl.kernels.group_advantage import group_advantage
 from qirl.kernels.philox import DATA, stream, uniform
-from qirl.rewards.protocol import Reward, Scores
+from qirl.rewards.protocol import Reward, Scores, noise_of
 
 # in a gathered table: the component does not apply (NaN is a failure); no reward returns it, and it is finite in float32
 ABSENT = torch.finfo(torch.float32).min
@@ -18,7 +19,28 @@ ABSENT = torch.finfo(torch.float32).min
 
 def table(scores: Sequence[Scores], components: Sequence[str]) -> torch.Tensor:
     """float64 [N, K]: the scores, NaN where scoring failed, ABSENT where a component does not apply."""
-    return torch.tensor([[s.get(c, ABSENT) for c in components] for s in scores], dtype=torch.float64)
+    rows = [[s.get(c, ABSENT) for c in components] for s in scores]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(scores), len(components))
+
+
+def noise_table(scores: Sequence[Scores], components: Sequence[str]) -> torch.Tensor:
+    """float64 [N, K]: the noise of noisy scores, NaN elsewhere."""
+    rows = [[noise_of(s.get(c, ABSENT)) for c in components] for s in scores]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(scores), len(components))
+
+
+def pool_noise(pool: dict, noise: torch.Tensor, components: Sequence[str]) -> None:
+    """Adds a noise table to pool["noise"], {component: [sum of squares, count]}: a step after the other, in one order."""
+    squares, count = noise.nan_to_num(0.0).square().sum(0).tolist(), (~noise.isnan()).sum(0).tolist()
+    for component, own, new in zip(components, squares, count, strict=True):
+        if new:
+            total, before = pool.setdefault("noise", {}).get(component, [0.0, 0])
+            pool["noise"][component] = [total + own, before + new]
+
+
+def pooled_noise(pool: dict) -> dict[str, float]:
+    """{component: root mean square} of what `pool_noise` has put together."""
+    return {name: math.sqrt(total / count) for name, (total, count) in pool.get("noise", {}).items()}
 
 
 def check_components(options: Advantage, components: Sequence[str], categories: Sequence[str]) -> None:
@@ -46,9 +68,8 @@ def check_categories(options: Advantage, components: Sequence[str], categories: 
             raise UserError(f"every weight of category '{category}' is 0; give at least one component a weight")
 
 
-def read_noise(rewards: Sequence[Reward], components: Sequence[str]) -> torch.Tensor:
-    """float64 [K]: how much each component's reading varies by itself, from the rewards' `read_noise` dicts; else 0."""
-    known = {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
+def read_noise(known: dict[str, float], components: Sequence[str]) -> torch.Tensor:
+    """float64 [K]: how much each component's reading varies by itself; 0 where nobody says so."""
     return torch.tensor([known.get(c, 0.0) for c in components], dtype=torch.float64)
 
 
@@ -62,11 +83,12 @@ def weigh(
     trainer, scores: torch.Tensor, categories: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Weights [N, K], scale [N] (None: 1) and read noise [K] of scores [N, K], by the calibration where there is one."""
-    noise = read_noise(trainer.rewards, trainer.components)
+    notes = trainer.engine.notes
+    noise = read_noise(notes.get("declared_noise", {}) | pooled_noise(notes), trainer.components)
     if trainer.calibration is None:
         options, components = trainer.config.advantage, trainer.components
         return torch.tensor([weights_of(options, c, components) for c in categories]), None, noise
-    trainer.calibration.check_unchanged(trainer.engine.notes)
+    trainer.calibration.check_unchanged(notes)
     return *trainer.calibration.tables(scores, categories, trainer.components), noise
 
 

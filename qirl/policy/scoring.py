@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,10 +13,10 @@ from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.flow.rollout import not_finite
 from qirl.parallel.data import gather_rows
-from qirl.policy.advantages import ABSENT, check_categories, table, unknown_weights
+from qirl.policy.advantages import ABSENT, check_categories, noise_table, pool_noise, table, unknown_weights
 from qirl.policy.composition import compose
 from qirl.rewards.edits import copies
-from qirl.rewards.protocol import Sample, Scores
+from qirl.rewards.protocol import Reward, Sample, Scores, declared_noise
 
 
 class StepScores:
@@ -48,6 +49,7 @@ class StepScores:
 
     def collect(self, ids: torch.Tensor) -> tuple[list[Scores], list[np.ndarray], dict[str, float]]:
         """Scores and images of the samples `ids`, and the scorer's metrics. Raises the UserError of any rank on all."""
+        share_known(self.trainer)
         try:
             scores, record = self.trainer.scorer.collect()
         except UserError as error:
@@ -63,6 +65,31 @@ class StepScores:
         return [scores[place[i]] for i in ids.tolist()], [self.images[i] for i in ids.tolist()], record
 
 
+def share_known(trainer) -> None:
+    """Waits for the scorer and puts what it has learned together: over the ranks, and over a run that was continued.
+
+    The notes, which a checkpoint keeps, then say it: "known" and "scored" as `Scorer` has them, and "declared_noise", what
+    the first rank's rewards declared before the first step (servers may tell each rank and each start something else).
+    """
+    scorer, ranks, notes = trainer.scorer, trainer.engine.ranks, trainer.engine.notes
+    try:
+        scorer.wait()
+        own = None, scorer.known, scorer.scored, declared_noise(trainer.rewards)
+    except UserError as error:
+        own = str(error), [], set(), {}
+    parts = [own]
+    if ranks.world > 1:
+        parts = [None] * ranks.world
+        torch.distributed.all_gather_object(parts, own)
+    if errors := [error for error, *_ in parts if error]:
+        raise UserError(errors[0])
+    before = notes.get("known", [()] * len(scorer.known))
+    scorer.known = [set().union(*own) for own in zip(before, *(part[1] for part in parts), strict=True)]
+    scorer.scored = set(notes.get("scored", ())).union(*(part[2] for part in parts))
+    notes["known"], notes["scored"] = [sorted(own) for own in scorer.known], sorted(scorer.scored)
+    notes.setdefault("declared_noise", parts[0][3])
+
+
 def sample_number(trainer, step: int, index: int) -> int:
     """The id of a sample, unique in the run."""
     policy = trainer.config.policy
@@ -74,25 +101,35 @@ def gather_scores(
 ) -> torch.Tensor:
     """Scores of all ranks' samples, float64 [N, K], sorted by id; as they came into scores.jsonl, then composed.
 
+    The noise of noisy scores goes into the notes.
+
     ids: of this rank's samples. rows: how many each rank gives, where it is not the same everywhere.
     lost: samples of all ranks whose latents are not finite.
     Raises UserError where more samples failed than advantage.max_failed.
     """
-    own = table(scores, trainer.components).reshape(len(ids), len(trainer.components))
+    own = torch.cat([table(scores, trainer.components), noise_table(scores, trainer.components)], 1)
     missing = max(0, (rows or 0) - len(ids))
     padded = torch.cat([ids, ids.new_full((missing,), -1)])
     ids, everything = gather_rows(padded, torch.cat([own, own.new_zeros(missing, own.shape[1])]), trainer.engine.ranks)
     ids, everything = ids[ids >= 0], everything[ids >= 0]
+    everything, noise = everything.split(len(trainer.components), 1)
+    pool_noise(trainer.engine.notes, noise, trainer.components)
     write_scores(trainer, ids, everything, chosen, step)
     failed, limit = float(everything.isnan().any(1).double().mean()), trainer.config.advantage.max_failed
     if failed > limit:
         why = f" ({lost} of {len(everything)} have latents that are not finite)" if lost else ""
+        why = why or "".join(f" ({text})" for text in reasons(trainer.rewards)[:1])
         fix = "lower optimizer.lr or use model.dtype=float32" if lost else "mend the reward"
         raise UserError(
             f"step {step + 1}: {failed:.0%} of the samples could not be scored{why}, more than advantage.max_failed="
             f"{limit:.0%}; {fix}, then start the same command again"
         )
     return compose(everything, trainer.components, trainer.config.composition)
+
+
+def reasons(rewards: Sequence[Reward]) -> list[str]:
+    """Why rewards failed, the commonest first, as far as they count it."""
+    return [text for text, _ in sum((getattr(r, "failures", Counter()) for r in rewards), Counter()).most_common()]
 
 
 def write_scores(trainer, ids: torch.Tensor, everything: torch.Tensor, chosen, step: int) -> None:

@@ -13,19 +13,21 @@ from qirl.config_rewards import ServerOptions
 from qirl.data.images import content_hash
 from qirl.errors import UserError
 from qirl.rewards.protocol import Sample, Scores
-from qirl.rewards.remote import Replicas, ServerError, chunks, get
+from qirl.rewards.remote import Refused, Replicas, ServerError, chunks, get
 from qirl.rewards.server.wire import request_of, scores_of
 
 
 class ServerReward:
-    """The scores of the servers' components; those of a request that never succeeds are NaN, with the reason in `failures`.
+    """The scores of the servers' components; those of a request that never succeeds are NaN, with the reason in
+    `failures`; refusal: the first that a server refused.
 
     Raises UserError at once for a server that does not answer, or that lacks a component.
     """
 
     def __init__(self, name: str, options: ServerOptions):
         self.options, self.failures = options, Counter()
-        self.read_noise: dict[str, float] = {}
+        self.refusal: str | None = None
+        self.read_noise: dict[str, float] = {}  # as the servers' rewards declare it
         has: set[str] = set()
         for server in options.servers:
             listed = get(f"{server.rstrip('/')}/v1/components", options)
@@ -61,7 +63,11 @@ class ServerReward:
         try:
             found = await self._replicas.post("/v1/score", body, lambda answer: scores_of(answer, ids))
         except ServerError as error:
+            if isinstance(error, Refused) and len(samples) > 1:  # one of them is to blame
+                return [row for sample in samples for row in await self._ask([sample])]
             self.failures[str(error)] += len(samples)
+            if isinstance(error, Refused):
+                self.refusal = self.refusal or str(error)
             if not self.components:  # nobody knows yet what failed: no component at all would mean that none applies
                 raise
             return [dict.fromkeys(self.components, math.nan) for _ in samples]

@@ -7,8 +7,10 @@ or to one number per sample (a list, a 1-D tensor or array): one component, name
 
 A reward may say more about itself: `components`, the names it returns (weights are then checked before the run starts);
 `range`, (low, high) or {component: (low, high)}, whose scores are then mapped to [0, 1] and clipped; and `read_noise`,
-{component: how much its reading of one image varies}, below which a group gives no signal. Advantages are normalised
-inside a group, so any finite score will do in training; curation, calibration, caps and gates need scores in [0, 1].
+{component: how much its reading of one image varies}, below which a group gives no signal. That is read once, before the
+first step; a reward that finds it out by reading an image more than once returns noisy scores. Advantages are
+normalised inside a group, so any finite score will do in training; curation, calibration, caps and gates need scores in
+[0, 1].
 
 Plain functions and `async def` both work. A component missing from a sample's dict does not apply to that
 sample; NaN or None means that scoring failed (section 5 of the algorithm page).
@@ -30,6 +32,30 @@ from qirl.data.images import as_uint8
 from qirl.errors import UserError
 
 Scores = dict[str, float]
+
+
+class NoisyScore(float):
+    """A score with the standard error of its own reading, in the score's units. Trainers pool it over samples and ranks."""
+
+    noise: float
+
+    def __new__(cls, score: float, noise: float):
+        self = super().__new__(cls, score)
+        self.noise = float(noise)
+        return self
+
+    def __getnewargs__(self) -> tuple[float, float]:
+        return float(self), self.noise
+
+
+def noise_of(score: float) -> float:
+    """The noise of a score's own reading, NaN where nobody measured it."""
+    return getattr(score, "noise", math.nan)
+
+
+def declared_noise(rewards: Sequence[Reward]) -> dict[str, float]:
+    """{component: read noise} as the rewards' attributes say it."""
+    return {name: value for reward in rewards for name, value in getattr(reward, "read_noise", {}).items()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +154,10 @@ def _score(reward: Reward, number: int, name: str, value: Any) -> float:
         )
     bounds = getattr(reward, "range", None)
     bounds = bounds.get(name) if isinstance(bounds, Mapping) else bounds
-    return score if bounds is None else between(score, *bounds)
+    noise = noise_of(value)
+    if bounds is not None:
+        score, noise = between(score, *bounds), noise / abs(bounds[1] - bounds[0])
+    return score if math.isnan(noise) else NoisyScore(score, noise)
 
 
 def _short(value: Any) -> str:

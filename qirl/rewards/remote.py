@@ -20,7 +20,8 @@ from qirl.config_rewards import Remote
 from qirl.errors import UserError
 
 PATIENCE = 60.0  # longest pause, in seconds, whatever Retry-After says
-REFUSED = (400, 401, 403, 404, 405, 413, 415, 422)  # another try would be refused as well
+REFUSED = (400, 413, 422)  # this request: another try would be refused as well, another request may not
+MISTAKEN = (401, 403, 404, 405, 415)  # every request: the user's options are wrong
 
 
 class ServerError(Exception):
@@ -29,6 +30,10 @@ class ServerError(Exception):
     def __init__(self, text: str, pause: float | None = None):
         super().__init__(text)
         self.pause = pause
+
+
+class Refused(ServerError):
+    """A server will not take this one request, however often it is sent."""
 
 
 class Replicas:
@@ -54,7 +59,8 @@ class Replicas:
         """take(the answer's JSON) of the first answer that `take` accepts; it raises ServerError for one it does not.
 
         body(): the request, made in a thread once there is a place for it, so that no more of them exist than are under
-        way. Raises ServerError after the last try, and UserError at once for a request that the server refuses.
+        way. Raises ServerError after the last try, Refused at once for a request that the server does not take, and
+        UserError for options with which it takes none.
         """
         client, places = self._here()
         async with places:
@@ -63,6 +69,8 @@ class Replicas:
                 server = self._next()
                 try:
                     return take(await _ask(client, f"{server.rstrip('/')}{path}", content))
+                except Refused:
+                    raise
                 except ServerError as error:
                     pause = error.pause if error.pause is not None else self.pause(attempt)
                     self.rested[server] = time.monotonic() + pause
@@ -96,8 +104,11 @@ async def _ask(client, address: str, content: bytes) -> Any:
         answer = await client.post(address, content=content, headers={"Content-Type": "application/json"})
     except httpx2.HTTPError as error:
         raise ServerError(f"{address}: {type(error).__name__} {error}") from error
+    said = f"{address} refused a request ({answer.status_code}: {answer.text[:300]})"
+    if answer.status_code in MISTAKEN:
+        raise UserError(f"{said}; check its options")
     if answer.status_code in REFUSED:
-        raise UserError(f"{address} refused a request ({answer.status_code}: {answer.text[:300]}); check its options")
+        raise Refused(said)
     if answer.status_code != 200:
         raise ServerError(f"{address} answered {answer.status_code}", _seconds(answer.headers.get("retry-after")))
     try:

@@ -3,7 +3,8 @@
 One event loop in a thread of its own runs for as long as the scorer. A micro-group is one job; `scoring.workers` jobs run
 at a time. Plain functions run in threads, `async def` rewards (a remote judge) on the loop. A call that raises or runs
 out of time is repeated with growing pauses; when that does not help, its samples get NaN, which means "failed" and is
-never a score. What a user must mend (a score that is no number, one result too few) is raised at once.
+never a score. What a user must mend (a score that is no number, one result too few, a reward whose every request was
+refused) is raised at once.
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ class Scorer:
     def __init__(self, rewards: Sequence[Reward], options: Scoring | None = None):
         self.rewards, self.options = list(rewards), options or Scoring()
         self.known: list[set[str]] = [set(getattr(reward, "components", None) or ()) for reward in self.rewards]
+        self.scored: set[str] = (
+            set()
+        )  # components that had a score at least once; like `known` it outlives a run's restart
         self.retries = 0
         self._jobs: list[Job] = []
+        self._begun: float | None = None  # when somebody began to wait
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(self.options.workers)
         threading.Thread(target=self._loop.run_forever, name="qirl-scorer", daemon=True).start()
@@ -58,6 +63,12 @@ class Scorer:
         self._jobs.append(job)
         job.answer = asyncio.run_coroutine_threadsafe(self._run(job), self._loop)
 
+    def wait(self) -> None:
+        """Waits for everything submitted and learns what components there are. Raises UserError as `collect` does."""
+        self._begun = self._begun or time.monotonic()
+        for job in self._jobs:
+            self._learn(job.answer.result())
+
     def collect(self) -> tuple[list[Scores], dict[str, float]]:
         """Waits for everything submitted: scores per sample in the order of submission, and metrics.
 
@@ -65,11 +76,13 @@ class Scorer:
         rewards ran that passed before this call; scoring/retries; scoring/failed, calls that never succeeded. Raises
         UserError for results that a user must mend, and for a reward of unknown components that never succeeded.
         """
-        begun = time.monotonic()
-        jobs, self._jobs = self._jobs, []
+        try:
+            self.wait()
+            self._check_refusals()
+        finally:
+            jobs, self._jobs = self._jobs, []
+            begun, self._begun = self._begun, None
         answers = [job.answer.result() for job in jobs]
-        for own in answers:
-            self._learn(own)
         scores = [row for job, own in zip(jobs, answers, strict=True) for row in self._scores(job, own)]
         failed = sum(isinstance(one, Exception) for own in answers for one in own)
         retries, self.retries = self.retries, 0
@@ -151,6 +164,15 @@ class Scorer:
         for known, results in zip(self.known, answers, strict=True):
             if not isinstance(results, Exception):
                 known.update(name for row in results for name in row)
+                self.scored.update(name for row in results for name, value in row.items() if not math.isnan(value))
+
+    def _check_refusals(self) -> None:
+        """Raises UserError for a reward that was refused and has never given a score: not one sample is to blame then."""
+        for reward, known in zip(self.rewards, self.known, strict=True):
+            refusal = getattr(reward, "refusal", None)
+            if refusal and not known & self.scored:
+                of = f" of {', '.join(sorted(known))}" if known else ""
+                raise UserError(f"reward {name_of(reward)}{of} has no score so far: {refusal}; check its options")
 
     def _scores(self, job: Job, answers: list[list[Scores] | Exception]) -> list[Scores]:
         """The merged rows of a job; a reward that failed fails all its components for all samples, a sample that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ class RunFolder:
         """Creates the folder with its config.yaml, or re-opens one that was made with the same `config`.
 
         config: the resolved config, nested and JSON-able. resume: "auto" continues a run if there is one,
-        "never" refuses an existing run, "always" refuses a new one. free_keys: dotted keys (or prefixes such
-        as "run") that may differ from config.yaml, which stays as it was. rising_keys: dotted keys whose number may be
+        "never" refuses an existing run, "always" refuses a new one. free_keys: dotted keys (prefixes such as
+        "run", patterns such as "rewards.*.servers") that may differ from config.yaml, which stays as it was. rising_keys: dotted keys whose number may be
         higher than in config.yaml, which is then written anew with all of `config`. writer: true on rank 0; other ranks
         touch and check nothing, so let them pass a barrier before they use the folder. The folder stays locked for
         this process until `lock.release`.
@@ -156,7 +157,7 @@ class RunFolder:
         differences = [
             f"{key} ({_show(known, key)} there, {_show(given, key)} now)"
             for key in dict.fromkeys([*known, *given])
-            if not any(key == free or key.startswith(free + ".") for free in free_keys)
+            if not any(fnmatchcase(key, free) or key.startswith(free + ".") for free in free_keys)
             and (key not in known or key not in given or known[key] != given[key])
         ]
         if differences and self.begun:

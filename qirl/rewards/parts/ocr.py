@@ -22,10 +22,10 @@ from qirl.errors import UserError
 from qirl.rewards.protocol import Sample, Scores
 
 # the outermost pair counts. Straight quotes open at the start of a word and close at its end: 24" and 6'2" are sizes, and an
-# apostrophe stands inside a word or, as in the dogs' house, after one that no quote has opened.
+# apostrophe stands inside a word or, as in the dogs' house and in rock 'n' roll, beside one that no quote has opened.
 QUOTES = re.compile(
-    r'(?<!\w)"([^"]+)"|“([^“”]+)”|„([^„“”]+)[“”]|«([^«»]+)»|»([^«»]+)«|「([^「」]+)」|『([^『』]+)』'
-    r"|(?<!\w)‘((?:[^‘’]|’(?=\w))+)’(?!\w)|(?<!\w)'(?! )((?:[^']|'(?=\w))+?)(?<! )'(?!\w)"
+    r'(?<!\w)"([^"]+)"|“([^“”]+)”|„([^„“”]+)[“”]|«([^«»]+)»|»([^«»]+)«|「([^「」]+)」|『([^『』]+)』|‹([^‹›]+)›|›([^‹›]+)‹'
+    r"|‚([^‚‘’]+)[‘’]|(?<!\w)‘((?:[^‘’]|’(?=\w))+)’(?!\w)|(?<!\w)'(?! |n' )((?:[^']|'(?=\w))+?)(?<! )'(?!\w)"
 )
 
 

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from qirl.config_sections import Serve
 from qirl.errors import UserError
-from qirl.rewards.protocol import Reward
+from qirl.rewards.protocol import Reward, declared_noise
 from qirl.rewards.remote import token
 from qirl.rewards.server.batching import Batcher, Full
 from qirl.rewards.server.wire import WireRequest, result
@@ -110,8 +110,7 @@ def make_app(rewards: list[Reward], options: Serve) -> Starlette:
         except Problem as problem:
             return JSONResponse({"error": str(problem)}, problem.status, problem.headers)
         names = sorted({name for known in state["batcher"].known for name in known})
-        noise = {k: v for reward in rewards for k, v in getattr(reward, "read_noise", {}).items()}
-        return JSONResponse({"components": names, "read_noise": noise})
+        return JSONResponse({"components": names, "read_noise": declared_noise(rewards)})
 
     async def ready(_: Request) -> Response:
         alive = "batcher" in state and not state["batcher"].task.done()

@@ -1,11 +1,12 @@
 """What scorer server and client say to each other: JSON, images as base64 PNG or lossless WebP; never pickle.
 
     POST /v1/score   {"samples": [{"id", "prompt", "prompt_id"?, "category"?, "image", "sources"?, "metadata"?}]}
-                  -> {"results": [{"id", "scores": {component: number or null}, "errors": {component or reward: text}}]}
+                  -> {"results": [{"id", "scores": {component: number or null}, "noise"?: {component: number},
+                                   "errors": {component or reward: text}}]}
     GET /v1/components -> {"components": [...], "read_noise": {component: number}}
 
 An id comes back with its result, and is all that matches them. null: scoring failed. A component that is missing does not
-apply to the sample.
+apply to the sample. noise: the standard errors of noisy scores; read_noise: what rewards declare.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qirl.data.images import decode, encode
 from qirl.errors import UserError
-from qirl.rewards.protocol import Sample, Scores
+from qirl.rewards.protocol import NoisyScore, Sample, Scores, noise_of
 from qirl.rewards.remote import ServerError
 
 TEXT = 100_000  # characters of a prompt at most
@@ -77,7 +78,8 @@ def request_of(samples: Sequence[Sample], ids: Sequence[int]) -> dict:
 
 def result(number: int, scores: Scores, errors: dict[str, str]) -> dict:
     plain = {name: None if math.isnan(value) else float(value) for name, value in scores.items()}
-    return {"id": number, "scores": plain, "errors": errors}
+    noise = {name: noise_of(v) for name, v in scores.items() if not math.isnan(noise_of(v)) and not math.isnan(v)}
+    return {"id": number, "scores": plain, **({"noise": noise} if noise else {}), "errors": errors}
 
 
 def scores_of(answer: Any, ids: Sequence[int]) -> dict[int, Scores]:
@@ -90,8 +92,11 @@ def scores_of(answer: Any, ids: Sequence[int]) -> dict[int, Scores]:
     found: dict[int, Scores] = {}
     for own in results:
         try:
-            number, scores = own["id"], own["scores"]
+            number, scores, noise = own["id"], own["scores"], own.get("noise", {})
             found[number] = {str(name): math.nan if v is None else float(v) for name, v in scores.items()}
+            found[number] |= {name: NoisyScore(found[number][name], v) for name, v in noise.items()}
+            if not all(0 <= noise_of(found[number][name]) < math.inf for name in noise):
+                raise ValueError("noise must be at least 0")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(f"a result is not what was asked for ({error!r})") from None
         if bad := [v for v in found[number].values() if math.isinf(v)]:

@@ -20,6 +20,7 @@ from qirl.rewards.vlm.rubric import SCORE
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 IMAGE = "<|image_pad|>"
+MOST_ASPECT = 200  # their image processors take no image whose longer side is more times the shorter one
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ class Processor:
             mm_token_type_ids=((ids == self.image_token) & (mask == 1)).long(),
         )  # fmt: skip
         return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def check_aspect(image: np.ndarray, what: str) -> None:
+    """Raises UserError for an image [H, W, 3] that is thinner than a judge takes."""
+    height, width = image.shape[:2]
+    if max(height, width) > MOST_ASPECT * min(height, width):
+        raise UserError(
+            f"{what} has {width} x {height} pixels; a judge takes up to {MOST_ASPECT} : 1, so crop or leave it out"
+        )
 
 
 def family(folder: str | Path) -> str:

@@ -10,26 +10,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from qirl.config_rewards import JudgeOptions
+from qirl.data.images import content_hash
+from qirl.errors import UserError
 from qirl.kernels.score_expectation import likert_to_unit
-from qirl.rewards.protocol import Sample, Scores
-from qirl.rewards.remote import ServerError
+from qirl.rewards.protocol import NoisyScore, Sample, Scores
+from qirl.rewards.remote import Refused, ServerError
 from qirl.rewards.vlm.openai_chat import OpenAIChat, check_servers
+from qirl.rewards.vlm.processor import check_aspect
 from qirl.rewards.vlm.reading import Reading, read
 from qirl.rewards.vlm.rubric import load_rubric
 
 
 class JudgeReward:
-    """Scores every sample by itself: its sources, its image, its prompt. A reading that fails is NaN.
+    """Scores every sample by itself: its sources, its image, its prompt, which also seed the judge's reasoning.
 
-    read_noise: {name: pooled standard error of the K chains on the [0, 1] scale}, as far as it is known.
-    Raises UserError at once for a rubric, a model folder or a server that does not serve.
+    A score of several chains is `NoisyScore`, by their standard error. A reading that fails is NaN; refusal: the first that
+    a server refused. Raises UserError at once for a rubric, a model folder or a server that does not serve.
     """
 
     def __init__(self, name: str, options: JudgeOptions):
         self.components, self.options = (name,), options
         self.rubric = load_rubric(options.rubric, options.omit)
         self.failures = Counter()  # what went wrong, and how often
-        self._noise = [0.0, 0]
+        self.refusal: str | None = None
         if options.servers:
             check_servers(options)
             self.chat = OpenAIChat(options)
@@ -38,28 +41,30 @@ class JudgeReward:
 
             self.chat = LocalChat.load(options.model, options.pixels, options.reasoning_tokens, options.temperature)
 
-    @property
-    def read_noise(self) -> dict[str, float]:
-        squares, count = self._noise
-        return {self.components[0]: math.sqrt(squares / count)} if count else {}
-
     async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         readings = await asyncio.gather(*(self.reading(sample) for sample in samples))
-        return [{self.components[0]: likert_to_unit(reading.score)} for reading in readings]
+        scores = [(likert_to_unit(reading.score), reading.noise / 4) for reading in readings]
+        return [{self.components[0]: s if math.isnan(noise) else NoisyScore(s, noise)} for s, noise in scores]
 
     async def reading(self, sample: Sample) -> Reading:
-        """What the judge says of one sample; NaN, and a count in `failures`, where its servers do not answer."""
+        """What the judge says of one sample; NaN, and a count in `failures`, where its servers do not answer or an image is
+        thinner than a judge takes."""
         images = [fit(image, self.options.pixels) for image in (*sample.sources, sample.image)]
-        messages = self.rubric.messages(sample.prompt, len(sample.sources))
         try:
-            found = await read(self.chat, messages, images, self.options.mode, self.options.chains, seed=sample.id)
-        except ServerError as error:
+            for place, image in enumerate(images):
+                check_aspect(image, "the image" if place == len(sample.sources) else "a source")
+        except UserError as error:
             self.failures[str(error)] += 1
             return Reading(math.nan, ())
-        if not math.isnan(found.noise):
-            self._noise[0] += (found.noise / 4) ** 2
-            self._noise[1] += 1
-        return found
+        messages = self.rubric.messages(sample.prompt, len(sample.sources))
+        seed = int(content_hash(*images, text=sample.prompt)[:8], 16)  # not a number that depends on who asks, and when
+        try:
+            return await read(self.chat, messages, images, self.options.mode, self.options.chains, seed)
+        except ServerError as error:
+            self.failures[str(error)] += 1
+            if isinstance(error, Refused):
+                self.refusal = self.refusal or str(error)
+            return Reading(math.nan, ())
 
 
 def fit(image: np.ndarray, pixels: int) -> np.ndarray:
