@@ -77,6 +77,24 @@ class ImageRewardOptions(Weights):
         return self
 
 
+class HpsV3Options(Weights):
+    kind: Literal["hps_v3"] = option("hps_v3", "what people would pick: HPSv3's Qwen2-VL, about 0 to 15")
+    model: str | None = option(None, "folder of Qwen2-VL-7B-Instruct as transformers saves it")
+    weights: str | None = option(None, "HPSv3's own weights, HPSv3.safetensors")
+    instruction: str | None = option(
+        None, "text file with HPSv3's instruction, {text_prompt} in it, and its token <|Reward|>"
+    )
+    batch: int = option(8, "images at a time", ge=1)
+    low: float = option(0.0, "mean that scores 0")
+    high: float = option(15.0, "mean that scores 1")
+
+    @model_validator(mode="after")
+    def _has_its_files(self):
+        for name in ("weights", "instruction"):
+            require(getattr(self, name) is not None, f"a reward of kind hps_v3 needs `{name}`: a file of HPSv3")
+        return self
+
+
 class AestheticOptions(Weights):
     kind: Literal["aesthetic"] = option("aesthetic", "a linear head on CLIP's image embedding that rates from 1 to 10")
     head: str | None = option(None, "file of the head's weights (.safetensors or .pth)")
@@ -154,6 +172,6 @@ class FaceOptions(Affine):
 
 
 PARTS = (
-    ClipScoreOptions, PickScoreOptions, HpsV2Options, ImageRewardOptions, AestheticOptions, SimilarityOptions,
-    OutsideOptions, ArtifactOptions, DiversityOptions, OcrOptions, FaceOptions,
+    ClipScoreOptions, PickScoreOptions, HpsV2Options, HpsV3Options, ImageRewardOptions, AestheticOptions,
+    SimilarityOptions, OutsideOptions, ArtifactOptions, DiversityOptions, OcrOptions, FaceOptions,
 )  # fmt: skip

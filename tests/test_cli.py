@@ -42,6 +42,7 @@ REWARDS = {
         "clip_score": NETWORK,
         "pick_score": NETWORK,
         "hps_v2": f"{NETWORK} weights",
+        "hps_v3": f"{NETWORK} weights instruction",
         "image_reward": f"{NETWORK} weights",
         "aesthetic": f"{NETWORK} head",
         "similarity": NETWORK,

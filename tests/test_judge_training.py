@@ -340,10 +340,10 @@ def test_an_unreadable_image_is_named(tmp_path):
 
 
 def test_another_family_is_refused(tmp_path, tiny_model):
-    with pytest.raises(UserError, match="is no model folder|a judge is one of"):
+    with pytest.raises(UserError, match="is no model folder|must be one of"):
         Processor.load(tiny_model, 256)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="is a llama model; a judge is one of qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(UserError, match="is a llama model; it must be one of qwen2_5_vl, qwen3_vl"):
         Processor.load(tmp_path, 256)
 
 

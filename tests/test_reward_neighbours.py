@@ -5,11 +5,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_rewards import BERT, image_reward_state, open_clip_state, save_clip, save_dino, save_siglip, tokenizer
+from tiny_rewards import (
+    BERT,
+    image_reward_state,
+    open_clip_state,
+    save_clip,
+    save_dino,
+    save_hps_v3,
+    save_siglip,
+    tokenizer,
+)
 
 from qirl import config_parts as options
 from qirl.errors import UserError
-from qirl.rewards.parts import embedding, faces, ocr, pixels, preference
+from qirl.rewards.parts import embedding, faces, hps_v3, ocr, pixels, preference
 from qirl.rewards.parts.faces import Face
 from qirl.rewards.protocol import Sample
 from qirl.rewards.registry import KINDS
@@ -60,6 +69,11 @@ def part(kind, folder):
             model=str(save_clip(folder)), weights=str(folder / "h.safetensors"), low=-100, high=100
         )
         return preference.HpsV2("x", own)
+    if kind == "hps_v3":
+        base, state, _ = save_hps_v3(folder)
+        save_file({n: t.contiguous() for n, t in state.items()}, folder / "h.safetensors")
+        files = {"weights": str(folder / "h.safetensors"), "instruction": str(folder / "instruction.txt")}
+        return hps_v3.HpsV3("x", options.HpsV3Options(model=str(base), low=-50, high=50, **files))
     if kind == "image_reward":
         tokenizer(words=BERT, template="[CLS] $A [SEP]").save_pretrained(folder)
         save_file({n: t.contiguous() for n, t in image_reward_state().items()}, folder / "i.safetensors")
@@ -87,7 +101,8 @@ def part(kind, folder):
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"judge", "server"}))
-def test_a_score_does_not_depend_on_the_other_samples_of_the_call(kind, tmp_path):
+def test_a_score_does_not_depend_on_the_other_samples_of_the_call(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(hps_v3, "PIXELS", 1024)  # the tiny model's patches are 4 pixels
     reward, given = part(kind, tmp_path), edits()
     together, backwards = reward(given), reward(given[::-1])[::-1]
     alone = [reward([sample])[0] for sample in given]

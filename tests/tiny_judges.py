@@ -59,6 +59,8 @@ def save_judge(folder: Path, family: str = "qwen3_vl", width: int = 128, layers:
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
         Qwen2VLImageProcessorPil,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
@@ -89,6 +91,10 @@ def save_judge(folder: Path, family: str = "qwen3_vl", width: int = 128, layers:
         text |= dict(head_dim=width // 4, rope_scaling=rope)
         vision |= dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
+    elif family == "qwen2_vl":
+        text |= dict(rope_scaling={"rope_type": "default", "mrope_section": section})
+        seen = dict(depth=2, embed_dim=width, hidden_size=width, num_heads=4, patch_size=4, temporal_patch_size=1)
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=seen, **tokens))
     else:
         text |= dict(rope_scaling={"rope_type": "default", "mrope_section": section})
         vision |= dict(window_size=16, fullatt_block_indexes=[0, 1])

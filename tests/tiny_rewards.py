@@ -130,3 +130,25 @@ def image_reward_state(width=128, hidden=64, words=10, patch=8, side=4) -> dict[
     for place, (a, b) in zip((0, 2, 4, 6, 7), ((hidden, 48), (48, 32), (32, 16), (16, 8), (8, 1)), strict=True):
         shapes |= layers("mlp.layers.", **{str(place): (a, b)})
     return drawn(**shapes)
+
+
+INSTRUCTION = "Is it {text_prompt}? Preference: <|Reward|>"
+HPS_WIDTHS = {0: 8, 3: 6, 5: 2}  # of the head's layers, by their places
+
+
+def save_hps_v3(folder):
+    """(folder of a small Qwen2-VL, HPSv3's own state for it, folder with instruction.txt and room for the state)."""
+    from tiny_judges import save_judge
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    base = save_judge(folder / "qwen2", "qwen2_vl", width=48, layers=2)
+    (folder / "instruction.txt").write_text(INSTRUCTION)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(base)) + 1)
+    torch.manual_seed(1)
+    state = {n: t.clone() + 0.02 * torch.randn_like(t) for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    width = 48
+    for place, out in HPS_WIDTHS.items():
+        state |= {f"rm_head.{place}.weight": torch.randn(out, width) / 4, f"rm_head.{place}.bias": torch.randn(out) / 4}
+        width = out
+    return base, state, folder

@@ -17,6 +17,7 @@ KINDS = {
     "clip_score": "qirl.rewards.parts.embedding:ClipScore",
     "pick_score": "qirl.rewards.parts.embedding:PickScore",
     "hps_v2": "qirl.rewards.parts.preference:HpsV2",
+    "hps_v3": "qirl.rewards.parts.hps_v3:HpsV3",
     "image_reward": "qirl.rewards.parts.preference:ImageReward",
     "aesthetic": "qirl.rewards.parts.embedding:Aesthetic",
     "similarity": "qirl.rewards.parts.embedding:Similarity",

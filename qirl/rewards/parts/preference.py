@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def clip_names(state: Mapping[str, torch.Tensor]) -> State:
     for name, tensor in state.items():
         if name in ("visual.proj", "text_projection"):
             tensor = tensor.T
-        name = _renamed(name, CLIP_NAMES)
+        name = renamed(name, CLIP_NAMES)
         if "in_proj_" in name:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 found[name.replace("in_proj_", f"{letter}_proj.")] = part
@@ -146,7 +146,7 @@ def clip_names(state: Mapping[str, torch.Tensor]) -> State:
     return found
 
 
-def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
     for pattern, new in table:
         name = re.sub(pattern, new, name)
     return name
@@ -225,7 +225,7 @@ def blip(state: State, path: str, device: torch.device) -> tuple[torch.nn.Module
     """
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    seen, read, last = (_under(state, own) for own in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."))
+    seen, read, last = (under(state, own) for own in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."))
     try:
         width, _, patch, _ = seen["patch_embed.proj.weight"].shape
         side = math.isqrt(seen["pos_embed"].shape[1] - 1)
@@ -242,24 +242,39 @@ def blip(state: State, path: str, device: torch.device) -> tuple[torch.nn.Module
             eos_token_id=None, intermediate_size=len(read["encoder.layer.0.intermediate.dense.bias"]),
             max_position_embeddings=len(read["embeddings.position_embeddings.weight"]),
         )  # fmt: skip
-        places = sorted({int(name.split(".")[0]) for name in last})
-        widths = [hidden, *(len(last[f"{i}.weight"]) for i in places)]
-        if len(widths) < 2 or widths[-1] != 1:
-            raise ValueError(f"mlp.layers of widths {widths} do not end in one number")
-        head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        head = head_of(last, hidden)
+        if head[-1].out_features != 1:
+            raise ValueError(f"mlp.layers end in {head[-1].out_features} numbers, not in one")
     except (KeyError, ValueError) as error:
         raise UserError(
             f"{path} is no ImageReward ({error!r}); give the state of ImageReward.pt, by its names"
         ) from None
     vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
-    fill(vision, {_renamed(name, BLIP_NAMES): tensor for name, tensor in seen.items()}, path)
+    fill(vision, {renamed(name, BLIP_NAMES): tensor for name, tensor in seen.items()}, path)
     fill(text, read, path)
-    order = {str(i): str(k) for k, i in enumerate(places)}
-    fill(head, {f"{order[name.split('.')[0]]}.{name.split('.')[1]}": tensor for name, tensor in last.items()}, path)
+    fill(head, last, path)
     return tuple(part.float().eval().to(device) for part in (vision, text, head))
 
 
-def _under(state: State, prefix: str) -> State:
+def head_of(
+    state: State, width: int, activation: Callable[[], torch.nn.Module] = torch.nn.Identity
+) -> torch.nn.Sequential:
+    """Linear layers from `width` on, at the places that the state's names give them, an activation after all but the last.
+
+    What else stands between them (dropout) does nothing when it is read. Raises ValueError where there is none.
+    """
+    places = sorted({int(name.split(".")[0]) for name in state})
+    if not places:
+        raise ValueError("the head has no layers")
+    layers = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(places[-1] + 1)))
+    for place in places:
+        layers[place] = torch.nn.Linear(width, width := len(state[f"{place}.weight"]))
+        if place != places[-1]:
+            layers[place + 1] = activation()
+    return layers
+
+
+def under(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

@@ -6,6 +6,7 @@ it wants torchvision for videos.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,17 +34,26 @@ class Encoded:
 
 
 class Processor:
-    """Use `load`. digits: the ids of the tokens 1 to 5."""
+    """Use `load`."""
 
     def __init__(self, tokenizer, image_processor):
         self.tokenizer, self.images = tokenizer, image_processor
         self.image_token = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.digits = digit_tokens(tokenizer)
+
+    @functools.cached_property
+    def digits(self) -> list[int]:
+        """The ids of the tokens 1 to 5."""
+        return digit_tokens(self.tokenizer)
 
     @classmethod
-    def load(cls, folder: str | Path, pixels: int) -> Processor:
-        """pixels: the most that an image keeps. Raises UserError for a folder of another family, or without its parts."""
-        family(folder)
+    def load(
+        cls, folder: str | Path, pixels: int, families: Sequence[str] = FAMILIES, least: int | None = None
+    ) -> Processor:
+        """pixels: the most that an image keeps; least: the fewest that it gets, if the folder is not to say so.
+
+        Raises UserError for a folder of another family, or without its parts.
+        """
+        family(folder, families)
         from transformers import AutoImageProcessor, AutoTokenizer
 
         try:
@@ -53,7 +63,7 @@ class Processor:
             raise UserError(f"{folder} has no tokenizer or image processor of its own: {error}") from None
         if tokenizer.chat_template is None:
             raise UserError(f"{folder} has no chat template (chat_template.jinja); copy the model folder whole")
-        least = min(images.size["shortest_edge"], pixels)
+        least = least or min(images.size["shortest_edge"], pixels)
         images.size = type(images.size)(shortest_edge=least, longest_edge=pixels)
         return cls(tokenizer, images)
 
@@ -94,17 +104,17 @@ def check_aspect(image: np.ndarray, what: str) -> None:
         )
 
 
-def family(folder: str | Path) -> str:
-    """The model_type of a model folder. Raises UserError if there is none, or one that is no judge."""
+def family(folder: str | Path, families: Sequence[str] = FAMILIES) -> str:
+    """The model_type of a model folder. Raises UserError if there is none, or one that is none of `families`."""
     path = Path(folder) / "config.json"
     try:
         found = json.loads(path.read_text())["model_type"]
     except (OSError, ValueError, KeyError):
         raise UserError(
-            f"{folder} is no model folder: {path} cannot be read; give a Qwen2.5-VL or Qwen3-VL folder"
+            f"{folder} is no model folder: {path} cannot be read; give one of {', '.join(families)}"
         ) from None
-    if found not in FAMILIES:
-        raise UserError(f"{folder} is a {found} model; a judge is one of {', '.join(FAMILIES)}")
+    if found not in families:
+        raise UserError(f"{folder} is a {found} model; it must be one of {', '.join(families)}")
     return found
 
 
