@@ -26,8 +26,9 @@ from qirl.data.digits import UNIFORMS
 from qirl.data.world import make_world
 from qirl.engine import WORLD_FILE, find_model, world_facts
 from qirl.errors import UserError
+from qirl.families import targets_of
 from qirl.models.weights import load_config, load_model, save_model
-from qirl.packing import Target, pack
+from qirl.packing import pack
 from qirl.run import checkpoint
 from qirl.run.folder import write_json
 
@@ -61,8 +62,10 @@ def drift(base: Path, run: Path, out: Path, task: str = "t2i") -> None:
     """
     facts = world_facts(find_model(str(base)))
     world = make_world(World(task=task, text_dim=facts.get("text_dim", World().text_dim)))
+    family = world.family
     generator = torch.Generator().manual_seed(SEED)
-    prompts, clean = world.training_examples(torch.rand(STATES, UNIFORMS, generator=generator).numpy())
+    prompts, images = world.data.examples(torch.rand(STATES, UNIFORMS, generator=generator).numpy())
+    clean = torch.stack(family.encode(images))
     t = torch.rand(STATES, generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     x = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
@@ -70,8 +73,8 @@ def drift(base: Path, run: Path, out: Path, task: str = "t2i") -> None:
     away = size = 0.0
     for first in range(0, STATES, 32):
         own = range(first, first + 32)
-        targets = [Target(i, world.height, world.width) for i in range(len(own))]
-        body = pack([world.condition(prompts[i]) for i in own], targets)
+        chosen = [prompts[i] for i in own]
+        body = pack([family.condition(p) for p in chosen], targets_of(family, chosen))
         before, after = (model(body, x[first : first + 32].flatten(0, 1), t[first : first + 32]) for model in models)
         away += float((after - before).square().mean())
         size += float(before.square().mean())
@@ -83,7 +86,7 @@ def everything(curated: Path, out: Path) -> None:
     _, rows = Ledger(curated / LEDGER).read()
     known = {row["id"] for row in rows}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_prompts(out, [p for p in make_world(World(task="mixed")).prompts("train") if p.id in known])
+    write_prompts(out, [p for p in make_world(World(task="mixed")).data.prompts("train") if p.id in known])
 
 
 def one_vector_weights(calibrated: Path, out: Path) -> None:

@@ -276,12 +276,12 @@ def bench_phases(steps: int, overrides: list[str]) -> dict:
     """Shares of one training step of configs/digits/t2i.yaml, on a model of random weights."""
     with tempfile.TemporaryDirectory() as folder:
         start = configuration.load("pretrain", {})
-        world = make_world(start.world)
-        model = QwenImage21(model_config(start, world))
+        family = make_world(start.world).family
+        model = QwenImage21(model_config(start, family))
         initialise(model, 0)
         torch.nn.init.normal_(model.proj_out.weight, std=0.02)
         save_model(model.config, model.state_dict(), f"{folder}/model")
-        facts = {"world": world.name, "text_dim": world.text_dim, "unconditional": True}
+        facts = {**family.facts(), "unconditional": True}
         Path(folder, "model", WORLD_FILE).write_text(json.dumps(facts))
         places = [f"model.path={folder}/model", f"run.out={folder}/run", f"run.threads={torch.get_num_threads()}"]
         config = configuration.load("train", configs() / "digits/t2i.yaml", [*places, *overrides])

@@ -16,6 +16,7 @@ from qirl.config import DistillConfig, PretrainConfig, TrainConfig, to_dict
 from qirl.config_rewards import Remote
 from qirl.config_sections import Section
 from qirl.errors import UserError
+from qirl.families import Family
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter
 from qirl.models.lora import add_lora, merged_state
@@ -60,27 +61,19 @@ def world_facts(folder: Path) -> dict:
     return facts
 
 
-def model_config(config: Section, world) -> QwenImage21Config:
-    """The architecture of a run's model, checked against its world."""
+def model_config(config: Section, family: Family) -> QwenImage21Config:
+    """The architecture of a run's model, checked against its family."""
     if config.model.path is None:
-        a = config.model.architecture
-        return QwenImage21Config(
-            in_channels=world.channels, out_channels=world.channels, num_layers=a.layers, attention_head_dim=a.head_dim,
-            num_attention_heads=a.heads, context_in_dim=world.text_dim, mlp_ratio=a.mlp_ratio, axes_dims_rope=a.rope_axes,
-        )  # fmt: skip
+        return family.architecture(config.model.architecture)
     found = load_config(find_model(config.model.path))
-    if (found.in_channels, found.context_in_dim) != (world.channels, world.text_dim):
-        raise UserError(
-            f"the model takes {found.in_channels} channels and text of width {found.context_in_dim}, the {world.name} world "
-            f"gives {world.channels} and {world.text_dim}; set world.text_dim={found.context_in_dim} or take another model"
-        )
+    family.fits(found)
     return found
 
 
-def build_model(config: Section, world, device, master: torch.dtype) -> QwenImage21:
+def build_model(config: Section, family: Family, device, master: torch.dtype) -> QwenImage21:
     if config.model.path is not None:
         return load_model(find_model(config.model.path), master, device, variant=config.model.variant)
-    model = QwenImage21(model_config(config, world))
+    model = QwenImage21(model_config(config, family))
     initialise(model, config.run.seed)
     return model.to(device, master)
 
@@ -111,13 +104,13 @@ class Engine:
     notes: dict = field(default_factory=dict)  # JSON-able facts that a run learns and a checkpoint keeps
 
     @classmethod
-    def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, world) -> Engine:
+    def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, family: Family) -> Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
-        model_config(config, world)
+        model_config(config, family)
         lora = config.model.lora
 
         def build(device, master: torch.dtype) -> QwenImage21:
-            model = build_model(config, world, device, master)
+            model = build_model(config, family, device, master)
             if lora.rank:
                 add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
             return model

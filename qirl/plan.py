@@ -7,6 +7,7 @@ training; rewards and the autoencoder are not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import yaml
@@ -25,9 +26,10 @@ from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, t
 from qirl.curation.probe import batches, candidates
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import DigitsWorld, make_world
+from qirl.data.world import World, make_world
 from qirl.distill.costs import distillation
 from qirl.engine import DTYPES, find_model, model_config
+from qirl.families import Family, targets_of
 from qirl.flow.rollout import with_negatives
 from qirl.models.lora import add_lora
 from qirl.models.qwen_image_21 import QwenImage21
@@ -38,10 +40,10 @@ from qirl.policy.packs import Layout, Pair, lay_out
 DRAWING = (EvaluateConfig, CurateConfig, CalibrateConfig)  # commands that train nothing
 
 
-def meta_model(config: Section, world: DigitsWorld) -> QwenImage21:
+def meta_model(config: Section, world: World) -> QwenImage21:
     """The run's model on the meta device, with adapters, after its files' headers were checked."""
     with torch.device("meta"):
-        model = QwenImage21(model_config(config, world)).to(DTYPES[config.model.dtype])
+        model = QwenImage21(model_config(config, world.family)).to(DTYPES[config.model.dtype])
     if config.model.path is not None:
         check_weights(model, find_model(config.model.path), config.model.variant)
     lora = config.model.lora
@@ -117,15 +119,17 @@ def _copies(config: PretrainConfig | TrainConfig | DistillConfig) -> list[str]:
     return names
 
 
-def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+def _pretrain(config: PretrainConfig, world: World, model: QwenImage21, ranks: int):
     """Texts of training prompts stand for the examples' own; dropped conditions make packs a little smaller."""
     batch = -(-config.pretrain.batch // ranks)
-    prompts = PromptSampler(world.prompts("train"), config.run.seed).step(0, batch)
-    conditions = sorted((world.condition(p) for p, _ in prompts), key=lambda c: c.tokens)
-    size = world.height * world.width
-    runs = cut([c.tokens + size for c in conditions], config.pretrain.micro_tokens, "pretrain.micro_tokens")
+    family = world.family
+    prompts = [p for p, _ in PromptSampler(world.data.prompts("train"), config.run.seed).step(0, batch)]
+    prompts = sorted(prompts, key=lambda p: family.condition(p).tokens)
+    conditions, targets = [family.condition(p) for p in prompts], targets_of(family, prompts)
+    costs = [c.tokens + t.tokens for c, t in zip(conditions, targets, strict=True)]
+    runs = cut(costs, config.pretrain.micro_tokens, "pretrain.micro_tokens")
     bodies = [
-        pack([conditions[i] for i in run], [Target(k, world.height, world.width) for k in range(len(run))])
+        pack([conditions[i] for i in run], [replace(targets[i], prompt=place) for place, i in enumerate(run)])
         for run in runs
     ]
     layout = Layout([conditions[i] for i in runs[0]], (), [], 0, seam=False)
@@ -136,16 +140,16 @@ def _pretrain(config: PretrainConfig, world: DigitsWorld, model: QwenImage21, ra
     return {"update": describe_packs(bodies)}, flops, memory
 
 
-def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+def _train(config: TrainConfig, world: World, model: QwenImage21, ranks: int):
     policy, flow = config.policy, config.flow
     slots = list(range(0, policy.prompts, ranks))
-    sampler = PromptSampler(world.prompts("train", config.world.prompts), config.run.seed)
+    sampler = PromptSampler(world.data.prompts("train", config.world.prompts), config.run.seed)
     chosen = sampler.step(0, policy.prompts)
     prompts = [chosen[slot][0] for slot in slots]
-    rolled, rollout = _rollout(model, world, prompts, policy.group, flow, flow.rollout_tokens)
+    rolled, rollout = _rollout(model, world.family, prompts, policy.group, flow, flow.rollout_tokens)
     size = policy.prompts // policy.minibatches
     shares = [[i for i, slot in enumerate(slots) if slot // size == m] for m in range(policy.minibatches)]
-    layouts = [layout for share in shares for layout in _layouts(config, world, [prompts[i] for i in share])]
+    layouts = [layout for share in shares for layout in _layouts(config, world.family, [prompts[i] for i in share])]
     bodies = [[layout.body(members, "cpu") for members in layout.packs] for layout in layouts]
     forward, tokens = Flops(), 0
     for layout, own in zip(layouts, bodies, strict=True):
@@ -158,7 +162,7 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     update = training_flops(config, model, forward, tokens) * policy.epochs + forward * extra
     place, largest = max(((m, b) for m, own in enumerate(bodies) for b in own), key=lambda found: found[1].tokens)
     memory = {
-        "kept states": _kept_bytes(config, world, len(slots)),
+        "kept states": _kept_bytes(config, world.family, prompts),
         "activations": activation_bytes(model, layouts[place], largest),
     }
     everything = [b for own in bodies for b in own]
@@ -172,48 +176,47 @@ def _train(config: TrainConfig, world: DigitsWorld, model: QwenImage21, ranks: i
     return described, {"rollout": rollout, "update": update}, memory
 
 
-def _layouts(config: TrainConfig, world: DigitsWorld, prompts: Sequence[Prompt]) -> list[Layout]:
+def _layouts(config: TrainConfig, family: Family, prompts: Sequence[Prompt]) -> list[Layout]:
     policy = config.policy
     own = [
-        Pair(place * policy.group + g, node, place, world.height, world.width)
-        for place in range(len(prompts))
+        Pair(place * policy.group + g, node, place, *family.size(prompt))
+        for place, prompt in enumerate(prompts)
         for g in range(policy.group)
         for node in range(policy.timesteps.count)
     ]
     guided = config.guidance.scope == "both" and config.flow.guidance != 1
     return lay_out(
-        [world.condition(p) for p in prompts],
+        [family.condition(p) for p in prompts],
         own,
         policy.micro_tokens,
         lambda seam, packs: (seam, packs),
-        [world.negative(p) for p in prompts] if guided else (),
+        [family.negative(p) for p in prompts] if guided else (),
     )
 
 
-def _kept_bytes(config: TrainConfig, world: DigitsWorld, prompts: int) -> int:
+def _kept_bytes(config: TrainConfig, family: Family, prompts: Sequence[Prompt]) -> int:
     """Finished latents of a rank's samples; for grpo and guard also x, x' and the velocity of every trained node."""
     policy, size = config.policy, DTYPES[config.model.dtype].itemsize
-    values = prompts * policy.group * world.height * world.width * world.channels
+    values = sum(t.tokens for t in targets_of(family, prompts, policy.group)) * family.channels
     transition = 2 * DTYPES[config.flow.storage].itemsize + size if policy.loss != "nft" else 0
     return values * (max(size, 4) + policy.timesteps.count * transition)
 
 
-def _rollout(model: QwenImage21, world: DigitsWorld, prompts, group: int, flow: Flow, budget: int, whole=False):
+def _rollout(model: QwenImage21, family: Family, prompts, group: int, flow: Flow, budget: int, whole=False):
     """Batches and FLOPs of sampling `group` images per prompt; whole: a prompt's images stay in one batch."""
     guided = flow.guidance != 1
-    size, twice = world.height * world.width, 2 if guided else 1
-    count = len(prompts) * (1 if whole else group)
-    cost = size * twice * (group if whole else 1)
-    runs = cut([cost] * count, max(budget, cost) if whole else budget, "flow.rollout_tokens")
+    twice, targets = 2 if guided else 1, targets_of(family, prompts, 1 if whole else group)
+    costs = [t.tokens * twice * (group if whole else 1) for t in targets]
+    runs = cut(costs, max(budget, *costs) if whole else budget, "flow.rollout_tokens")
     bodies, flops = [], Flops()
     for run in runs:
         places = [p for p in run for _ in range(group)] if whole else [i // group for i in run]
         used = sorted(set(places))
-        own = [Target(used.index(p), world.height, world.width) for p in places]
-        everything = [world.condition(prompts[p]) for p in used]
+        own = [Target(used.index(p), *family.size(prompts[p])) for p in places]
+        everything = [family.condition(prompts[p]) for p in used]
         twins = []
         if guided:
-            everything, twins = with_negatives(everything, own, [world.negative(prompts[p]) for p in used])
+            everything, twins = with_negatives(everything, own, [family.negative(prompts[p]) for p in used])
         body = pack(everything, [*own, *twins])
         bodies.append(body)
         prefill = forward_flops(model.config, pack(everything, []))
@@ -221,25 +224,25 @@ def _rollout(model: QwenImage21, world: DigitsWorld, prompts, group: int, flow: 
     return describe_packs(bodies), flops
 
 
-def _evaluate(config: EvaluateConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+def _evaluate(config: EvaluateConfig, world: World, model: QwenImage21, ranks: int):
     options = config.evaluation
-    sampler = PromptSampler(world.prompts("held_out", config.world.prompts), options.seed)
+    sampler = PromptSampler(world.data.prompts("held_out", config.world.prompts), options.seed)
     prompts = [p for p, _ in sampler.step(0, options.prompts)]
     tokens, flops = {}, {}
     for guidance in options.guidance:
         flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance})
-        found = _rollout(model, world, prompts, options.group, flow, options.batch_tokens, whole=True)
+        found = _rollout(model, world.family, prompts, options.group, flow, options.batch_tokens, whole=True)
         tokens[f"guidance {guidance:g}"], flops[f"guidance {guidance:g}"] = found
     return tokens, flops, {}
 
 
-def _probe(config: CurateConfig | CalibrateConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+def _probe(config: CurateConfig | CalibrateConfig, world: World, model: QwenImage21, ranks: int):
     if isinstance(config, CalibrateConfig) and config.calibrate.ledger is not None:
         return {}, {}, {}  # its images are drawn already
     prompts, probe, flow = candidates(config, world), config.probe, config.flow
     found = [
-        _rollout(model, world, [prompts[i] for i in run], probe.group, flow, flow.rollout_tokens)
-        for run in batches(config, world, len(prompts))
+        _rollout(model, world.family, [prompts[i] for i in run], probe.group, flow, flow.rollout_tokens)
+        for run in batches(config, world.family, prompts)
     ]
     numbers = [own for own, _ in found]
     largest = max(numbers, key=lambda own: own["prefix"] + own["targets"])

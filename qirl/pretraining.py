@@ -12,10 +12,10 @@ import time
 import torch
 
 from qirl.config import PretrainConfig
-from qirl.data.digits import UNIFORMS
-from qirl.data.world import DigitsWorld, make_world
+from qirl.data.world import World, make_world
 from qirl.engine import Engine
 from qirl.errors import UserError
+from qirl.families import largest_target
 from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
 from qirl.kernels.velocity_match import velocity_match
 from qirl.packing import Target, cut, pack, send
@@ -32,45 +32,46 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
             f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
         )
     world = make_world(config.world)
-    need = world.height * world.width + max(world.condition(p).tokens for p in world.prompts("train"))
+    prompts = world.data.prompts("train")
+    need = largest_target(world.family, prompts) + max(world.family.condition(p).tokens for p in prompts)
     if config.pretrain.micro_tokens < need:
         raise UserError(
             f"pretrain.micro_tokens={config.pretrain.micro_tokens} tokens is smaller than one sample of {need} tokens; "
             f"set it to {need} or more"
         )
-    engine = Engine.open(config, world)
+    engine = Engine.open(config, world.family)
     engine.run(
         "pretrain",
         lambda step: train_step(engine, world, step),
         lambda record: {"loss": record["loss"], "images/s": record["images_per_second"]},
         quiet=quiet,
     )
-    engine.finish(
-        {"world": world.name, "text_dim": world.text_dim, "unconditional": config.pretrain.drop_condition > 0}
-    )
+    engine.finish({**world.family.facts(), "unconditional": config.pretrain.drop_condition > 0})
     return engine
 
 
-def train_step(engine: Engine, world: DigitsWorld, step: int) -> dict:
+def train_step(engine: Engine, world: World, step: int) -> dict:
     """One update on pretrain.batch fresh examples, a pure function of (seed, step)."""
     options, ranks, begun = engine.config.pretrain, engine.ranks, time.monotonic()
+    family, uniforms = world.family, world.data.uniforms
     mine = list(range(ranks.rank, options.batch, ranks.world))
     draws = stream(engine.config.run.seed, mine, [0] * len(mine), step)
-    u = uniform(draws, UNIFORMS + 1, 0, DATA)
-    prompts, x0 = world.training_examples(1 - u[:, :UNIFORMS].numpy())  # u is in (0, 1]
-    dropped = (u[:, UNIFORMS] <= options.drop_condition).tolist()
+    u = uniform(draws, uniforms + 1, 0, DATA)
+    prompts, images = world.data.examples(1 - u[:, :uniforms].numpy())  # u is in (0, 1]
+    x0 = family.encode(images)
+    dropped = (u[:, uniforms] <= options.drop_condition).tolist()
     t = torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(uniform(draws, 1, 0, NODES)[:, 0]))
 
-    conditions = [(world.negative if drop else world.condition)(p) for p, drop in zip(prompts, dropped, strict=True)]
+    conditions = [(family.negative if drop else family.condition)(p) for p, drop in zip(prompts, dropped, strict=True)]
+    sizes = [family.size(p) for p in prompts]
     order = sorted(range(len(mine)), key=lambda i: conditions[i].tokens)  # equal shapes side by side run as one call
-    tokens = world.height * world.width
-    packs = cut([conditions[i].tokens + tokens for i in order], options.micro_tokens, "pretrain.micro_tokens")
+    packs = cut([conditions[i].tokens + len(x0[i]) for i in order], options.micro_tokens, "pretrain.micro_tokens")
     _, count = agree(False, len(packs), ranks)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for place in range(count):
         members = torch.tensor([order[i] for i in packs[place % len(packs)]])
         total += (
-            micro_step(engine, world, conditions, draws.rows(members), members, x0, t, place < len(packs))
+            micro_step(engine, conditions, sizes, draws.rows(members), members, x0, t, place < len(packs))
             / options.batch
         )
     if ranks.world > 1:
@@ -83,14 +84,14 @@ def train_step(engine: Engine, world: DigitsWorld, step: int) -> dict:
     }  # fmt: skip
 
 
-def micro_step(engine: Engine, world: DigitsWorld, conditions, draws, members, x0, t, live: bool) -> torch.Tensor:
+def micro_step(engine: Engine, conditions, sizes, draws, members, x0, t, live: bool) -> torch.Tensor:
     """Adds the gradients of one pack (none if it is only there to keep ranks in step); returns its summed loss."""
     device, own = engine.ranks.device, members.tolist()
-    targets = [Target(i, world.height, world.width) for i in range(len(own))]
+    targets = [Target(place, *sizes[i]) for place, i in enumerate(own)]
     body = pack([conditions[i] for i in own], targets, device=device)
     row, token = body.target_row, body.token_in_target
-    noise = normal(draws.to(device), row, token, world.channels, 0, LOSS)
-    clean = send(x0[members].flatten(0, 1), device)
+    clean = send(torch.cat([x0[i] for i in own]), device)
+    noise = normal(draws.to(device), row, token, clean.shape[1], 0, LOSS)
     times = send(t[members].float(), device)
     along = times[row, None]
     v = engine.model(body, (1 - along) * clean + along * noise, times)

@@ -153,14 +153,11 @@ class _Stage:
 
 def train_readers(quiet: bool) -> None:
     """The rewards' and the judge's networks, each on its own part of the data."""
-    from qirl.config_sections import World
-    from qirl.data.world import make_world
     from qirl.rewards.judge import held_out_judge
     from qirl.rewards.registry import own_rewards
 
-    world = make_world(World(task="mixed"))
     with Live("readers", 2, show=not quiet) as live:
-        own_rewards(world)
+        own_rewards("mixed")
         live.update(1, {})
         held_out_judge()
         live.update(2, {})

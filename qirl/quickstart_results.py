@@ -88,7 +88,7 @@ def picture(recipes: Mapping[str, Section], stages: Mapping[str, dict]):
     from qirl.run.plots import compared
 
     arena = recipes["arena"]
-    everything = make_world(arena.world).prompts("held_out")
+    everything = make_world(arena.world).data.prompts("held_out")
     own = {
         task: [p for p, _ in balanced([p for p in everything if p.task == task and len(p.sources) < 2], DRAWN, 0)]
         for task in TASKS
@@ -112,10 +112,11 @@ def drawn(arena: EvaluateConfig, name: str, prompts, guidance: float) -> np.ndar
     from qirl.evaluation.compare import config_of
     from qirl.evaluation.evaluate import draw, open_model
 
-    config, world = config_of(arena, name), make_world(arena.world)
+    config, family = config_of(arena, name), make_world(arena.world).family
     flow = config.flow.model_copy(update={"steps": config.evaluation.steps, "guidance": guidance})
-    model, listed = open_model(config, world, [guidance]), [(p, 0) for p in prompts]
-    return draw(model, world, listed, 1, flow, 1, config.evaluation.batch_tokens)[:, 0]
+    model, listed = open_model(config, family, [guidance]), [(p, 0) for p in prompts]
+    images = draw(model, family, listed, 1, flow, 1, config.evaluation.batch_tokens)
+    return np.stack([image for (image,) in images])
 
 
 def print_table(summary: Mapping) -> None:

@@ -36,19 +36,20 @@ def predicted(model, bodies, x, t, config):
 def oracle_loss(trainer, exp, chosen, slots, step, old, reference, prompts=None):
     """Section 3, one (sample, node) at a time, through packs of one target; v_old and v_ref from the models `old` and
     `reference`, where None is the trained one itself, detached."""
-    config, model, world = trainer.config, trainer.engine.model, trainer.world
-    count, channels = world.height * world.width, world.channels
+    config, model, family = trainer.config, trainer.engine.model, trainer.family
+    channels = family.channels
     policy, seed = config.policy, config.run.seed
     total, valid = 0.0, 0
-    grid = torch.from_numpy(sigmas(count, config.flow))
     for i, target in enumerate(exp.targets):
         if prompts is not None and slots[target.prompt] not in prompts:
             continue
         prompt, again = chosen[slots[target.prompt]]
+        count = target.tokens
+        grid = torch.from_numpy(sigmas(count, config.flow))
         own = stream(seed, [prompt.id], [again * policy.group + i % policy.group], step)
         zeros, tokens = torch.zeros(count, dtype=torch.int64), torch.arange(count)
         bodies = [
-            pack([c], [Target(0, world.height, world.width)]) for c in (world.condition(prompt), world.negative(prompt))
+            pack([c], [Target(0, *family.size(prompt))]) for c in (family.condition(prompt), family.negative(prompt))
         ]
         for node in exp.nodes[i]:
             if not exp.valid[i]:

@@ -288,7 +288,7 @@ def test_arms_of_one_task_answer_the_prompts_that_players_of_both_answer(tmp_pat
     asked = {}
     for task in ("t2i", "edit", "mixed"):
         own = configuration.load("evaluate", find_config("digits/evaluate"), Seed(Study(tmp_path), 0).evaluation(task))
-        held_out = make_world(own.world).prompts("held_out")
+        held_out = make_world(own.world).data.prompts("held_out")
         asked[task] = [
             (p.id, p.task, again) for p, again in balanced(held_out, own.evaluation.prompts, own.evaluation.seed)
         ]

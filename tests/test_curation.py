@@ -210,8 +210,8 @@ def test_edit_prompts_keep_their_sources(tmp_path, tiny_model):
     options = {"world": {"task": "mixed", "prompts": None}, "probe": {"prompts": 16, "group": 2}}
     config = curate_config(tmp_path, tiny_model, options)
     path = curate(config, [colours], quiet=True)
-    known = {p.id: p for p in make_world(config.world).prompts("train")}
-    found = make_world(config.world).prompts("train", str(path))
+    known = {p.id: p for p in make_world(config.world).data.prompts("train")}
+    found = make_world(config.world).data.prompts("train", str(path))
     assert {p.task for p in found} == {"t2i", "edit"}
     for prompt in found:
         assert prompt == known[prompt.id] and len(prompt.sources) == len(known[prompt.id].sources)
@@ -233,23 +233,23 @@ def test_the_probe_samples_as_training_does_but_with_noise_of_its_own(tmp_path, 
 
     chosen = [(p, 0) for p in probe.prompts[:4]]
     exp, _ = sample(trainer, chosen, probing.PROBE_ITERATION)
-    images = trainer.world.decode(exp.x0)
-    assert np.array_equal(images, probe.world.decode(probing.draw(probe, [p for p, _ in chosen])))
+    images = trainer.family.decode(exp.x0, [])
+    assert np.array_equal(images, probe.family.decode(probing.draw(probe, [p for p, _ in chosen]), []))
     assert trainer.config.run.steps - 1 < probing.PROBE_ITERATION
     other, _ = sample(trainer, chosen, 0)
-    assert not np.array_equal(images, trainer.world.decode(other.x0))
+    assert not np.array_equal(images, trainer.family.decode(other.x0, []))
 
 
 def test_an_image_does_not_depend_on_what_it_is_drawn_with(tmp_path, tiny_model):
     probe = probing.open_probe(curate_config(tmp_path, tiny_model, {"model": {"dtype": "float64"}}), [colours])
     probe.load()
-    together = probe.world.decode(probing.draw(probe, probe.prompts))
-    alone = np.concatenate([probe.world.decode(probing.draw(probe, [p])) for p in probe.prompts])
+    together = probe.family.decode(probing.draw(probe, probe.prompts), [])
+    alone = np.concatenate([probe.family.decode(probing.draw(probe, [p]), []) for p in probe.prompts])
     assert np.array_equal(together, alone)
-    p, world = probe.prompts[0], probe.world  # written out: no batches, the first image alone
+    p, family = probe.prompts[0], probe.family  # written out: no batches, the first image alone
     one = stream(3, [p.id], [0], probing.PROBE_ITERATION)
-    out = rollout(probe.model, [world.condition(p)], [Target(0, world.height, world.width)], one, probe.config.flow)
-    assert np.array_equal(world.decode(out.latents())[0], together[0])
+    out = rollout(probe.model, [family.condition(p)], [Target(0, *family.size(p))], one, probe.config.flow)
+    assert np.array_equal(family.decode(out.latents(), [])[0], together[0])
 
 
 def files(folder):
@@ -477,7 +477,7 @@ def test_the_plan_counts_the_images_that_are_drawn(tmp_path, tiny_model):
     found = plan(config)
     probe = probing.open_probe(config, [colours])
     probe.load()
-    runs = probing.batches(config, probe.world, len(probe.prompts))
+    runs = probing.batches(config, probe.family, probe.prompts)
     with FlopCounterMode(display=False) as counter:
         for run in runs:
             probing.draw(probe, [probe.prompts[i] for i in run])

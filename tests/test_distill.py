@@ -35,7 +35,7 @@ def prepare(tiny_model, tmp_path):
     def one(options=None, *parts):
         own = config(tmp_path, tiny_model, {"t": {"path": str(tiny_model), **(options or {})}}, *parts)
         world = make_world(own.world)
-        lesson = lesson_of(own, world, prompts_by_task(own, world), 0, Ranks())
+        lesson = lesson_of(own, world.family, prompts_by_task(own, world), 0, Ranks())
         return own, lesson, load_model(tiny_model, DTYPES[own.model.dtype])
 
     return one
@@ -224,7 +224,7 @@ def test_the_sde_weight_is_the_kl_of_two_transitions(prepare):
 def test_some_nodes_are_drawn_per_sample_towards_high_noise(tmp_path, tiny_model):
     own = config(tmp_path, tiny_model, {"t": tiny_model}, {"flow": {"steps": 8}, "distill": {"nodes": 1, "group": 200}})
     world = make_world(own.world)
-    lesson = lesson_of(own, world, prompts_by_task(own, world), 0, Ranks())
+    lesson = lesson_of(own, world.family, prompts_by_task(own, world), 0, Ranks())
     count = torch.bincount(torch.tensor(lesson.nodes).flatten(), minlength=8) / len(lesson.nodes)
     expected = lesson.grid[0, :8].double() ** 2
     assert {len(nodes) for nodes in lesson.nodes} == {1}
@@ -257,7 +257,7 @@ def test_noise_never_returns_and_prompts_are_those_of_the_task(tmp_path, tiny_mo
     ids = {task: {p.id for ps in sampler.by_category.values() for p in ps} for task, sampler in prompts.items()}
     seen = set()
     for step in range(6):
-        lesson = lesson_of(own, world, prompts, step, Ranks())
+        lesson = lesson_of(own, world.family, prompts, step, Ranks())
         keys = list(zip(lesson.stream.prompt.tolist(), lesson.stream.sample.tolist(), strict=True))
         assert {prompt for prompt, _ in keys} <= ids["t2i" if step % 2 == 0 else "edit"]
         assert bool(lesson.conditions[0].references) == (step % 2 == 1)

@@ -52,7 +52,7 @@ def adapters(tiny_model, tmp_path_factory):
         from qirl.data.world import make_world
 
         own = train_config(out, tiny_model, lora)
-        engine = Engine.open(own, make_world(own.world))
+        engine = Engine.open(own, make_world(own.world).family)
         generator = torch.Generator().manual_seed(rank)
         with torch.no_grad():
             for p in engine.weights.current.values():
@@ -123,7 +123,7 @@ def test_a_lora_teacher_gives_the_gradients_of_its_merged_model(tmp_path, tiny_m
     for number, folder in enumerate((adapters[3] / "adapter", adapters[3])):
         options = {"t": {"path": str(folder), "guidance": 2}}
         distiller = open_distiller(config(tmp_path / str(number), tiny_model, options, FLOAT64))
-        lesson = lesson_of(distiller.config, distiller.world, distiller.prompts, 0, Ranks())
+        lesson = lesson_of(distiller.config, distiller.family, distiller.prompts, 0, Ranks())
         stats = accumulate(distiller, lesson, "t")
         found.append((stats, {n: p.grad for n, p in distiller.engine.model.named_parameters()}))
     (stats, grads), (merged_stats, merged) = found
@@ -374,7 +374,7 @@ def test_the_plan_counts_the_packs_and_flops_of_real_steps(tmp_path, tiny_model,
     distiller = open_distiller(own)
     for step, name in enumerate(own.distill.teachers):
         distiller.teachers.activate(name)
-        lesson = lesson_of(own, distiller.world, distiller.prompts, step, Ranks())
+        lesson = lesson_of(own, distiller.family, distiller.prompts, step, Ranks())
         linear = counted(lambda lesson=lesson, name=name: accumulate(distiller, lesson, name))[0]
         planned = found["flops"][f"student, teacher {name}"]["matmul"] + found["flops"][f"teacher {name}"]["matmul"]
         # gradients that nobody needs (of the first layer's input) are not computed; the meta student has no base pass

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from qirl.config_sections import World
 from qirl.data import digits, edits
 from qirl.data.digits import INKS, PAPERS, bank, glyphs, paint
 from qirl.data.words import contrasting
-from qirl.data.world import DigitsWorld
 from qirl.errors import UserError
 from qirl.rewards.digits import reward_reader
 from qirl.rewards.edits import copies, wanted_specs
@@ -26,11 +24,6 @@ COUNT = 240
 
 
 @pytest.fixture(scope="module")
-def world() -> DigitsWorld:
-    return DigitsWorld(World(task="edit"))
-
-
-@pytest.fixture(scope="module")
 def truth() -> list[Sample]:
     """True edits, all categories."""
     u = np.random.default_rng(5).random((COUNT, digits.UNIFORMS))
@@ -42,10 +35,10 @@ def truth() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def scored(world, truth):
+def scored(truth):
     """What becomes of an edit, to the scores of all samples."""
     made = {"true": truth, "copy": copied(truth), "redraw": redrawn(truth), "wrong colour": miscoloured(truth)}
-    return made, {name: score(own_rewards(world), samples) for name, samples in made.items()}
+    return made, {name: score(own_rewards("edit"), samples) for name, samples in made.items()}
 
 
 def copied(truth):
@@ -123,7 +116,7 @@ def test_identity_rises_smoothly_from_another_glyph_to_the_same():
     assert means == sorted(means) and means[0] < 0.3 and 0.1 < means[2] < 0.95 and means[-1] > 0.9
 
 
-def test_the_judge_accepts_true_edits_and_neither_copies_nor_redraws_nor_wrong_colours(world, scored):
+def test_the_judge_accepts_true_edits_and_neither_copies_nor_redraws_nor_wrong_colours(scored):
     made, _ = scored
     judge = held_out_judge()
     share = {name: float(judge.correct(samples).mean()) for name, samples in made.items()}
@@ -140,15 +133,14 @@ def test_copies_are_counted(scored):
 
 
 def test_the_tasks_rewards_leave_each_others_samples_alone(truth):
-    both = DigitsWorld(World(task="mixed"))
     drawn = replace(truth[0], prompt="a red 7", category="colour", sources=())
-    rows = score(own_rewards(both), [truth[0], drawn])
+    rows = score(own_rewards("mixed"), [truth[0], drawn])
     assert set(rows[0]) == {"instruction", "identity", "ink"} and set(rows[1]) == {"digit", "attribute", "ink"}
 
 
-def test_pictures_of_another_size_are_refused(world, truth):
+def test_pictures_of_another_size_are_refused(truth):
     with pytest.raises(UserError, match="16"):
-        score(own_rewards(world), [replace(truth[0], image=np.zeros((8, 8, 3), np.uint8))])
+        score(own_rewards("edit"), [replace(truth[0], image=np.zeros((8, 8, 3), np.uint8))])
 
 
 def test_glyph_strokes_have_no_colour():
@@ -166,17 +158,17 @@ def test_training_reports_the_share_of_edits_that_return_their_source(opened):
         return [{"kept": float(copies([s])[0])} for s in samples]
 
     edit = opened({"world": {"task": "edit"}}, reward=lazy)
-    decode = edit.world.decode
+    decode = edit.family.decode
     assert training.train_step(edit, 0)["copies"] == 0
     sources = [p.sources[0] for p, _ in edit.prompts.step(1, 4)]
-    edit.world.decode = lambda latents: np.stack(
-        [sources[i // 3] if i < 3 else image for i, image in enumerate(decode(latents))]
-    )
+    edit.family.decode = lambda latents, sizes: [
+        sources[i // 3] if i < 3 else image for i, image in enumerate(decode(latents, sizes))
+    ]
     assert training.train_step(edit, 1)["copies"] == pytest.approx(3 / 12)
     assert "copies" not in training.train_step(opened(reward=lambda s: [{"one": 0.5} for _ in s]), 0)
 
 
-def test_the_judge_reads_both_tasks_in_one_batch_as_in_two(world, truth):
+def test_the_judge_reads_both_tasks_in_one_batch_as_in_two(truth):
     judge, image = held_out_judge(), paint(bank("judge").single[0], np.array(INKS["red"]), np.array(PAPERS["black"]))
     digit = glyphs("judge")[1][0]
     right, wrong = (replace(truth[0], prompt=f"a red {d}", category="colour", image=image, sources=())
@@ -190,13 +182,13 @@ def test_the_judge_reads_both_tasks_in_one_batch_as_in_two(world, truth):
     assert len(judge.correct([])) == len(judge.score([])) == 0
 
 
-def test_one_redrawn_glyph_of_two_is_seen_by_reward_and_judge(world, truth):
+def test_one_redrawn_glyph_of_two_is_seen_by_reward_and_judge(truth):
     swaps = [s for s in truth if s.category == "swap"]
     images = [
         np.concatenate([s.image[:, :8], t.image[:, 8:]], axis=1) for s, t in zip(swaps, redrawn(swaps), strict=True)
     ]
     half = [replace(s, image=image) for s, image in zip(swaps, images, strict=True)]
-    assert 0.4 < mean(score(own_rewards(world), half), "identity", half) < 0.7
+    assert 0.4 < mean(score(own_rewards("edit"), half), "identity", half) < 0.7
     assert held_out_judge().correct(half).mean() < 0.1
 
 

@@ -7,17 +7,18 @@ from PIL import Image
 
 from qirl.config_sections import World
 from qirl.data import digits, edits, latents
+from qirl.data.digit_set import EDITED
 from qirl.data.edits import EditSpec, parse_instruction, picture_of, wanted
 from qirl.data.prompts import FIRST_EDIT, Prompt
 from qirl.data.words import WordVectors, tokens
-from qirl.data.world import EDITED, DigitsWorld
+from qirl.data.world import make_world
 from qirl.errors import UserError
 from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Sample
 
 
-def world(task="mixed") -> DigitsWorld:
-    return DigitsWorld(World(task=task))
+def data(task="mixed"):
+    return make_world(World(task=task)).data
 
 
 def uniforms(count: int, seed: int = 0) -> np.ndarray:
@@ -115,24 +116,24 @@ def test_the_prompts_did_not_change():
 def test_an_example_depends_on_its_own_uniforms_only():
     for task in ("t2i", "edit", "mixed"):
         u = uniforms(64)
-        prompts, latents = world(task).training_examples(u)
+        prompts, images = data(task).examples(u)
         for row in (0, 17, 63):
-            (prompt,), own = world(task).training_examples(u[row : row + 1])
-            assert prompt == prompts[row] and torch.equal(own[0], latents[row])
+            (prompt,), own = data(task).examples(u[row : row + 1])
+            assert prompt == prompts[row] and np.array_equal(own[0], images[row])
             assert all(np.array_equal(a, b) for a, b in zip(prompt.sources, prompts[row].sources, strict=True))
 
 
 def test_examples_balance_the_categories_of_the_task():
-    prompts, latents = world("mixed").training_examples(uniforms(8000))
-    assert latents.shape == (8000, 16, 16) and latents.dtype == torch.float32
+    prompts, images = data("mixed").examples(uniforms(8000))
+    assert images.shape == (8000, 16, 16, 3) and images.dtype == np.uint8
     drawn = [digits.parse(p.text).category if not p.sources else p.category for p in prompts]
     for categories, share in ((digits.CATEGORIES, 1 - EDITED), (edits.CATEGORIES, EDITED)):
         shares = [drawn.count(c) / 8000 for c in categories]
         assert np.abs(np.array(shares) - share / 4).max() < 0.02
-    assert all(p.sources for p in world("edit").training_examples(uniforms(50))[0])
-    assert not any(p.sources for p in world("t2i").training_examples(uniforms(50))[0])
+    assert all(p.sources for p in data("edit").examples(uniforms(50))[0])
+    assert not any(p.sources for p in data("t2i").examples(uniforms(50))[0])
     for task in ("edit", "mixed"):
-        world(task).training_examples(np.full((1, digits.UNIFORMS), np.nextafter(1.0, 0.0)))
+        data(task).examples(np.full((1, digits.UNIFORMS), np.nextafter(1.0, 0.0)))
 
 
 def test_an_examples_target_is_the_true_edit_of_its_sources():
@@ -175,7 +176,7 @@ def test_a_base_sees_copies_and_other_hands_among_true_edits():
 
 
 def test_a_condition_holds_each_source_after_its_mark_and_then_the_instruction():
-    ours, by_category = world("edit"), {p.category: p for p in edits.prompts("held_out")}
+    ours, by_category = make_world(World(task="edit")).family, {p.category: p for p in edits.prompts("held_out")}
     prompt = by_category["compose"]
     condition, negative = ours.condition(prompt), ours.negative(prompt)
     mark = (("text", 1), ("image", 4, 4))
@@ -193,7 +194,7 @@ def test_a_condition_holds_each_source_after_its_mark_and_then_the_instruction()
 def test_the_task_decides_the_built_in_prompts():
     for task, tasks in (("t2i", {"t2i"}), ("edit", {"edit"}), ("mixed", {"t2i", "edit"})):
         for split in ("train", "held_out"):
-            assert {p.task for p in world(task).prompts(split)} == tasks
+            assert {p.task for p in data(task).prompts(split)} == tasks
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def test_a_file_of_edits_brings_its_sources(folder):
         {"text": edits.EXAMPLES[3], "sources": both, "category": "compose"},
         {"text": "make it red", "sources": both[:1], "id": 5},
     )
-    plain, compose, recolour = world("mixed").prompts("train", path)
+    plain, compose, recolour = data("mixed").prompts("train", path)
     shown = edits.prompts("held_out")[-1].sources
     assert plain == Prompt(0, "a red 7") and recolour.id == 5 and recolour.task == "edit"
     assert compose == Prompt(FIRST_EDIT + 1, edits.EXAMPLES[3], "compose")
@@ -249,13 +250,13 @@ def test_a_file_of_edits_brings_its_sources(folder):
 def test_a_bad_edit_in_a_file_is_refused_with_its_line(folder, task, row, message):
     good = {"text": "a 7"} if task == "t2i" else {"text": "make it red", "sources": ["art/0.png"]}
     with pytest.raises(UserError, match=f"p.jsonl:2: .*{message}"):
-        world(task).prompts("train", written(folder, good, row))
+        data(task).prompts("train", written(folder, good, row))
 
 
 def test_a_task_takes_its_prompts_of_a_file_of_both(folder):
     edit = {"text": "make it red", "sources": ["art/0.png"]}
     path = written(folder, {"text": "a red 7"}, edit, {"text": "a 3"}, edit | {"text": "make it blue"})
-    own = {task: world(task).prompts("train", path) for task in ("t2i", "edit", "mixed")}
+    own = {task: data(task).prompts("train", path) for task in ("t2i", "edit", "mixed")}
     assert [p.text for p in own["t2i"]] == ["a red 7", "a 3"]
     assert [p.text for p in own["edit"]] == ["make it red", "make it blue"]
     assert own["mixed"] == [own["t2i"][0], own["edit"][0], own["t2i"][1], own["edit"][1]]  # ids stay with their lines
@@ -266,6 +267,6 @@ def test_a_file_without_a_prompt_of_the_task_is_refused_with_the_counts(folder):
     with pytest.raises(
         UserError, match="p.jsonl holds 2 prompts of task edit and none of world.task=t2i; set world.task=edit"
     ):
-        world("t2i").prompts("train", written(folder, edit, edit | {"id": 5}))
+        data("t2i").prompts("train", written(folder, edit, edit | {"id": 5}))
     with pytest.raises(UserError, match="holds 1 prompts of task t2i and none of world.task=edit"):
-        world("edit").prompts("train", written(folder, {"text": "a 7"}))
+        data("edit").prompts("train", written(folder, {"text": "a 7"}))

@@ -46,7 +46,7 @@ def test_gradients_equal_a_loop_over_single_samples(opened, tiny_model, loss, ar
 def test_unconditional_passes_run_in_the_update_only_where_the_objective_is_guided(opened, arm, branches, old, passes):
     trainer = opened(SDE, ARMS[arm], {"policy": {"old": old}})
     exp, chosen, slots = experience(trainer)
-    null = trainer.world.negative(chosen[0][0]).text
+    null = trainer.family.negative(chosen[0][0]).text
     seen = {"targets": 0, "twins": False}
 
     def watch(_, inputs):

@@ -18,7 +18,7 @@ def uniforms(count: int) -> np.ndarray:
 
 
 def test_channels_have_like_spread_and_strokes_are_uncorrelated():
-    _, own = make_world(World(task="mixed")).training_examples(uniforms(3000))
+    own = latents.encode(make_world(World(task="mixed")).data.examples(uniforms(3000))[1])
     assert own.shape == (3000, TOKENS, CHANNELS) and own.dtype == torch.float32
     spread = own.flatten(0, 1).std(0)
     assert 0.35 < spread.min() and spread.max() < 1.4

@@ -28,8 +28,8 @@ SPREAD = {"policy": {"minibatches": 2, "old": "recompute"}, "flow": {"sampler": 
 def uneven_budget() -> int:
     """Both prompts of one rank fit into a pack of this size at step 0, those of the other rank do not."""
     world = make_world(World(text_dim=tiny_runs.TEXT_DIM))
-    chosen = PromptSampler(world.prompts("train"), BASE["run"]["seed"]).step(0, 4)
-    cost = [6 * 16 + world.condition(p).tokens for p, _ in chosen]
+    chosen = PromptSampler(world.data.prompts("train"), BASE["run"]["seed"]).step(0, 4)
+    cost = [6 * 16 + world.family.condition(p).tokens for p, _ in chosen]
     ranks = [cost[0] + cost[2], cost[1] + cost[3]]
     assert ranks[0] != ranks[1], "choose another seed"
     return min(ranks)

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from qirl import quickstart_results as results
-from qirl.data import digits
+from qirl.data import digits, latents
 from qirl.data.prompts import Prompt
-from qirl.data.world import DigitsWorld
 from qirl.errors import UserError
 from qirl.evaluation.arena import Battle, arena, arena_by_task
 from qirl.evaluation.evaluate import balanced, draw
@@ -23,9 +22,7 @@ from qirl.quickstart import STAGES, load_recipes, quickstart, train_base
 from qirl.rewards.judge import held_out_judge
 from qirl.rewards.registry import own_rewards
 
-TOKENS = (
-    DigitsWorld.height * DigitsWorld.width
-)  # of an image; the curation draws 4 prompts of 4 images and their twins at a time
+TOKENS = latents.TOKENS  # of an image; the curation draws 4 prompts of 4 images and their twins at a time
 SHORT = ["run.steps=2", "run.samples_every=2", "run.monitor_prompts=4", "flow.steps=4"]
 RL = [*SHORT, "policy.prompts=8", "policy.group=3", "policy.timesteps.count=2"]
 TINY = {
@@ -286,10 +283,6 @@ def test_evaluation_prompts_are_balanced_and_repeats_draw_new_noise():
 
 
 def test_perfect_pictures_score_perfectly_and_blank_ones_do_not():
-    from qirl.config_sections import World
-    from qirl.data.world import make_world
-
-    world = make_world(World())
     prompts = [Prompt(i, t, "colour") for i, t in enumerate(["a red 1", "a green 0", "a blue 4"])]
     strokes, labels, _ = digits.glyphs("generator")
     real = np.stack(
@@ -298,8 +291,8 @@ def test_perfect_pictures_score_perfectly_and_blank_ones_do_not():
             for p in prompts
         ]
     )
-    good = measure(real, prompts, own_rewards(world), held_out_judge())
-    blank = measure(np.zeros_like(real), prompts, own_rewards(world), held_out_judge())
+    good = measure(real, prompts, own_rewards("t2i"), held_out_judge())
+    blank = measure(np.zeros_like(real), prompts, own_rewards("t2i"), held_out_judge())
     assert good["judge_accuracy"] > 0.85
     assert blank["judge_accuracy"] <= 1 / 3 + 1e-9  # one reading for all: right for one of the three prompts at most
     assert good["diversity"] > 0.1 and blank["diversity"] == 0
@@ -313,10 +306,12 @@ def test_two_models_are_compared_on_the_same_noise(finished):
     from qirl.models.weights import load_model
 
     out, _ = finished
-    model, world = load_model(out / "base/model"), make_world(World())
+    model, family = load_model(out / "base/model"), make_world(World()).family
     flow = Flow(steps=3, guidance=2.0)
     listed = [(Prompt(5, "a red 7", "colour"), 0), (Prompt(9, "a 3", "plain"), 1)]
-    together = draw(model, world, listed, 2, flow, 7, 10**6)
-    alone = draw(model, world, listed[1:], 2, flow, 7, 1)
-    assert np.abs(together[1].astype(int) - alone[0].astype(int)).max() <= 1  # one rounding of a pixel
+    together = draw(model, family, listed, 2, flow, 7, 10**6)
+    alone = draw(model, family, listed[1:], 2, flow, 7, 1)
+    assert (
+        np.abs(np.stack(together[1]).astype(int) - np.stack(alone[0]).astype(int)).max() <= 1
+    )  # one rounding of a pixel
     assert torch.is_grad_enabled()

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from qirl import config as configuration
-from qirl.data.world import DigitsWorld
+from qirl.data import latents
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.models.weights import save_model
 
 TEXT_DIM = 8
-CHANNELS = DigitsWorld.channels
+CHANNELS = latents.CHANNELS
 BASE = {
     "run": {"seed": 3, "steps": 4, "samples_every": 0, "checkpoint_every": 2, "threads": 1, "report": False},
     "world": {"text_dim": TEXT_DIM},

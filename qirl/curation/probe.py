@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,15 +20,16 @@ from qirl.config import CalibrateConfig, CurateConfig, to_dict
 from qirl.curation.ledger import NAME, NOISE, RAW, VERSION, Ledger
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import DigitsWorld, make_world
+from qirl.data.world import World, make_world
 from qirl.engine import DTYPES, Stop, find_model, model_config, world_facts
 from qirl.errors import UserError
+from qirl.families import Family, images_of, largest_target, targets_of
 from qirl.flow.rollout import grids, not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import check_values, check_weights, load_model
-from qirl.packing import Target, cut
+from qirl.packing import cut
 from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
 from qirl.policy.nodes import draw_nodes
@@ -48,7 +49,7 @@ class Probe:
     """What a probe needs to draw; the model is loaded when the first image is asked for."""
 
     config: CurateConfig | CalibrateConfig
-    world: DigitsWorld
+    family: Family
     prompts: list[Prompt]
     rewards: Sequence[Reward]
     ranks: Ranks
@@ -71,7 +72,7 @@ def collect(probe: Probe, quiet: bool = False) -> Ledger:
     done = [begin(probe, ledger) if ranks.first else 0]
     if ranks.world > 1:
         torch.distributed.broadcast_object_list(done)
-    todo = [run for run in batches(probe.config, probe.world, len(probe.prompts)) if run[-1] >= done[0]]
+    todo = [run for run in batches(probe.config, probe.family, probe.prompts) if run[-1] >= done[0]]
     try:
         if todo:
             _collect(probe, ledger, todo, done[0], quiet)
@@ -89,7 +90,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
     """
     world = make_world(config.world)
     prompts = candidates(config, world)
-    need = world.height * world.width * _twice(config)
+    need = largest_target(world.family, prompts) * _twice(config)
     if config.flow.rollout_tokens < need:
         raise UserError(
             f"flow.rollout_tokens={config.flow.rollout_tokens} tokens is smaller than one sample of {need} tokens; "
@@ -97,7 +98,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     folder = find_model(config.model.path)
     with torch.device("meta"):
-        check_weights(QwenImage21(model_config(config, world)), folder, config.model.variant)
+        check_weights(QwenImage21(model_config(config, world.family)), folder, config.model.variant)
     if config.flow.guidance != 1 and not world_facts(folder).get("unconditional", True):
         raise UserError(
             f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
@@ -105,12 +106,12 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    return Probe(config, world, prompts, rewards_of(config, world, rewards), start())
+    return Probe(config, world.family, prompts, rewards_of(config, world.data, rewards), start())
 
 
-def candidates(config: CurateConfig | CalibrateConfig, world: DigitsWorld) -> list[Prompt]:
+def candidates(config: CurateConfig | CalibrateConfig, world: World) -> list[Prompt]:
     """The training prompts in their order; with probe.prompts that many of them, the categories in turn."""
-    prompts = world.prompts("train", config.world.prompts)
+    prompts = world.data.prompts("train", config.world.prompts)
     count = config.probe.prompts
     if not 0 < count < len(prompts):
         return prompts
@@ -178,17 +179,18 @@ def policy_hash(folder: Path, variant: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def batches(config: CurateConfig | CalibrateConfig, world: DigitsWorld, prompts: int) -> list[range]:
+def batches(config: CurateConfig | CalibrateConfig, family: Family, prompts: Sequence[Prompt]) -> list[range]:
     """Which prompts are drawn together: as many as flow.rollout_tokens holds, at least one."""
-    size = max(1, config.flow.rollout_tokens // (world.height * world.width * _twice(config) * config.probe.group))
-    return [range(first, min(first + size, prompts)) for first in range(0, prompts, size)]
+    costs = [t.tokens * _twice(config) * config.probe.group for t in targets_of(family, prompts)]
+    runs = cut(costs, max(config.flow.rollout_tokens, *costs), "flow.rollout_tokens")
+    return [range(run[0], run[-1] + 1) for run in runs]
 
 
 def draw(probe: Probe, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
     """Finished latents [tokens, C] of prompts * group samples, those of a prompt together, by the training sampler."""
-    config, world = probe.config, probe.world
+    config, family = probe.config, probe.family
     flow, group, device = config.flow, config.probe.group, probe.ranks.device
-    targets = [Target(i, world.height, world.width) for i in range(len(prompts)) for _ in range(group)]
+    targets = targets_of(family, prompts, group)
     ids, samples = [p.id for p in prompts for _ in range(group)], [*range(group)] * len(prompts)
     draws = stream(config.run.seed, ids, samples, PROBE_ITERATION, device)
     grid = grids(targets, flow, device)
@@ -196,9 +198,9 @@ def draw(probe: Probe, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
     latents = []
     for run in cut([t.tokens * _twice(config) for t in targets], flow.rollout_tokens, "flow.rollout_tokens"):
         used = sorted({targets[i].prompt for i in run})
-        own = [Target(used.index(targets[i].prompt), world.height, world.width) for i in run]
-        conditions = [world.condition(prompts[i]) for i in used]
-        negatives = [world.negative(prompts[i]) for i in used] if flow.guidance != 1 else None
+        own = [replace(targets[i], prompt=used.index(targets[i].prompt)) for i in run]
+        conditions = [family.condition(prompts[i]) for i in used]
+        negatives = [family.negative(prompts[i]) for i in used] if flow.guidance != 1 else None
         rows = draws.rows(torch.tensor(run, device=device))
         out = rollout(probe.model, conditions, own, rows, flow, nodes and [nodes[i] for i in run], negatives)
         latents += out.latents()
@@ -243,7 +245,8 @@ def _collect(probe: Probe, ledger: Ledger, todo: Sequence[range], done: int, qui
 def _samples(probe: Probe, run: range) -> list[Sample]:
     group, prompts, samples = probe.config.probe.group, [probe.prompts[i] for i in run], []
     latents = draw(probe, prompts)
-    for i, (image, bad) in enumerate(zip(probe.world.decode(latents), not_finite(latents), strict=True)):
+    images = images_of(probe.family, latents, targets_of(probe.family, prompts, group))
+    for i, (image, bad) in enumerate(zip(images, not_finite(latents), strict=True)):
         p = prompts[i // group]
         samples.append(Sample(run[0] * group + i, p.id, p.text, image, p.category, p.sources, failed=bad))
     return samples

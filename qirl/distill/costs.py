@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qirl.config import DistillConfig
 from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, training_flops
-from qirl.data.world import DigitsWorld
+from qirl.data.world import World
 from qirl.distill.schedule import order
 from qirl.distill.sweep import Lesson, cut_samples
 from qirl.distill.teachers import find_sources, meta_teacher
@@ -16,12 +16,12 @@ from qirl.parallel.data import Ranks
 from qirl.policy.packs import Layout
 
 
-def distillation(config: DistillConfig, world: DigitsWorld, model: QwenImage21, ranks: int):
+def distillation(config: DistillConfig, world: World, model: QwenImage21, ranks: int):
     """(tokens, flops, memory) for qirl.plan.plan: of a step with each teacher, in its first turn."""
     prompts, period = prompts_by_task(config, world), order(shares_of(config))
     tokens, flops, largest = {}, {}, None
     for name in config.distill.teachers:
-        lesson = lesson_of(config, world, prompts, period.index(name), Ranks(world=ranks))
+        lesson = lesson_of(config, world.family, prompts, period.index(name), Ranks(world=ranks))
         packs = [lesson.take(members) for members in cut_samples(lesson, config.distill.micro_tokens)]
         bodies = [own.part(range(len(own.targets))).body for own in packs]
         prefixes = [pack(own.conditions, []) for own in packs]

@@ -15,16 +15,16 @@ import torch
 from qirl.config import DistillConfig
 from qirl.config_sections import Timesteps
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import DigitsWorld, make_world
+from qirl.data.world import World, make_world
 from qirl.distill import samples
 from qirl.distill.schedule import teacher_of, turn_of
 from qirl.distill.sweep import STATS, Guide, Lesson, cut_samples, sweep
 from qirl.distill.teachers import Base, Teachers, find_base, find_sources
 from qirl.engine import Engine, find_model, world_facts
 from qirl.errors import UserError
+from qirl.families import Family, largest_target, targets_of
 from qirl.flow.rollout import DTYPES, grids
 from qirl.kernels.philox import stream
-from qirl.packing import Target
 from qirl.parallel.data import Ranks, agree, world_size
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.trainer import check_noise_counters
@@ -36,7 +36,7 @@ class Distiller:
 
     config: DistillConfig
     engine: Engine
-    world: DigitsWorld
+    family: Family
     prompts: dict[str, PromptSampler]
     teachers: Teachers
     base: Base | None
@@ -57,15 +57,14 @@ def distill(config: DistillConfig, quiet: bool = False) -> Engine:
     engine.run(
         "distill", lambda step: distill_step(distiller, step), shown, lambda step: samples.write(distiller, step), quiet
     )
-    world = distiller.world
     knows = world_facts(find_model(config.model.path)).get("unconditional", True)
-    engine.finish({"world": world.name, "text_dim": world.text_dim, "unconditional": knows})
+    engine.finish({**distiller.family.facts(), "unconditional": knows})
     return engine
 
 
-def prompts_by_task(config: DistillConfig, world: DigitsWorld) -> dict[str, PromptSampler]:
+def prompts_by_task(config: DistillConfig, world: World) -> dict[str, PromptSampler]:
     """The training prompts of each task that has a teacher. Raises UserError for a task without prompts."""
-    everything, prompts = world.prompts("train", config.world.prompts), {}
+    everything, prompts = world.data.prompts("train", config.world.prompts), {}
     for task in sorted({teacher.task for teacher in config.distill.teachers.values()}):
         own = [p for p in everything if p.task == task]
         if not own:
@@ -86,18 +85,18 @@ def open_distiller(config: DistillConfig) -> Distiller:
     for sampler in prompts.values():
         check_noise_counters("distill", options.prompts, options.group, sampler)
         own = [p for members in sampler.by_category.values() for p in members]
-        need = world.height * world.width + max(world.condition(p).tokens for p in own)
+        need = largest_target(world.family, own) + max(world.family.condition(p).tokens for p in own)
         if options.micro_tokens < need:
             raise UserError(
                 f"distill.micro_tokens={options.micro_tokens} tokens is smaller than one sample of {need} tokens (its "
                 f"prompt's included); set it to {need} or more"
             )
     sources = find_sources(config)
-    engine = Engine.open(config, world)
+    engine = Engine.open(config, world.family)
     folder = find_model(config.model.path)
     teachers = Teachers(sources, folder, DTYPES[config.model.dtype], engine.ranks, config.model.variant)
     base = find_base(config, engine.model, teachers, folder, engine.ranks) if options.anchor else None
-    return Distiller(config, engine, world, prompts, teachers, base)
+    return Distiller(config, engine, world.family, prompts, teachers, base)
 
 
 def shares_of(config: DistillConfig) -> dict[str, int]:
@@ -113,7 +112,7 @@ def distill_step(distiller: Distiller, step: int) -> dict:
     if step + 1 < config.run.steps:
         distiller.teachers.prefetch(teacher_of(step + 1, shares))
     clock.append(time.monotonic())
-    lesson = lesson_of(config, distiller.world, distiller.prompts, step, engine.ranks)
+    lesson = lesson_of(config, distiller.family, distiller.prompts, step, engine.ranks)
     stats = accumulate(distiller, lesson, name)
     clock.append(time.monotonic())
     loss, match, pull = stats.sum(0).tolist()
@@ -130,7 +129,7 @@ def distill_step(distiller: Distiller, step: int) -> dict:
 
 
 def lesson_of(
-    config: DistillConfig, world: DigitsWorld, prompts: Mapping[str, PromptSampler], step: int, ranks: Ranks
+    config: DistillConfig, family: Family, prompts: Mapping[str, PromptSampler], step: int, ranks: Ranks
 ) -> Lesson:
     """One rank's samples of a step: its share of the prompts, from noise that never returns."""
     shares, options = shares_of(config), config.distill
@@ -138,7 +137,7 @@ def lesson_of(
     chosen = prompts[teacher.task].step(turn_of(step, shares), options.prompts)
     own = chosen[ranks.rank :: ranks.world]
     texts = [prompt for prompt, _ in own]
-    targets = [Target(i, world.height, world.width) for i in range(len(own)) for _ in range(options.group)]
+    targets = targets_of(family, texts, options.group)
     numbers = [again * options.group + g for _, again in own for g in range(options.group)]
     draws = stream(config.run.seed, [p.id for p in texts for _ in range(options.group)], numbers, step, ranks.device)
     grid = grids(targets, config.flow, ranks.device)
@@ -147,8 +146,8 @@ def lesson_of(
         nodes = draw_nodes(draws, grid, some, last_step=True)
     else:
         nodes = [tuple(range(config.flow.steps))] * len(targets)
-    negatives = [world.negative(p) for p in texts] if teacher.guidance != 1 else ()
-    return Lesson([world.condition(p) for p in texts], negatives, targets, draws, grid, nodes)
+    negatives = [family.negative(p) for p in texts] if teacher.guidance != 1 else ()
+    return Lesson([family.condition(p) for p in texts], negatives, targets, draws, grid, nodes)
 
 
 def accumulate(distiller: Distiller, lesson: Lesson, name: str) -> torch.Tensor:

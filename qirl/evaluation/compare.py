@@ -10,8 +10,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from qirl.config import EvaluateConfig, to_dict
 from qirl.errors import UserError
 from qirl.evaluation.arena import arena, arena_by_task, pairwise_from_scores, play
@@ -67,7 +65,7 @@ def scale_of(config: EvaluateConfig, name: str) -> float:
 def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], rewards: Sequence[Reward], quiet: bool) -> dict:
     exam = Exam.of(config, rewards)
     models: dict[str, dict] = {}
-    shown: dict[str, np.ndarray] = {}
+    shown: dict[str, list] = {}
     for name, one in own.items():
         known = known_results(one, rewards)
         todo = [] if known else list(one.evaluation.guidance)
@@ -84,7 +82,7 @@ def _compare(config: EvaluateConfig, own: dict[str, EvaluateConfig], rewards: Se
     return {"models": models, "arena": _battles(config, exam, shown) if config.arena.battles else None}
 
 
-def _battles(config: EvaluateConfig, exam: Exam, shown: dict[str, np.ndarray]) -> dict:
+def _battles(config: EvaluateConfig, exam: Exam, shown: dict[str, list]) -> dict:
     options = config.arena
     prompts = [p for p, _ in exam.prompts]
     battles = play(shown, prompts, pairwise_from_scores(judge_score(exam.judge), MARGIN))

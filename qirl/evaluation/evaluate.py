@@ -18,20 +18,21 @@ import numpy as np
 import torch
 
 from qirl.config import EvaluateConfig, to_dict
-from qirl.config_sections import Flow, World
+from qirl.config_sections import Flow
+from qirl.config_sections import World as WorldOptions
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.words import parse
-from qirl.data.world import DigitsWorld, make_world
+from qirl.data.world import make_world
 from qirl.engine import DTYPES, find_model, model_config, world_facts
 from qirl.errors import UserError
 from qirl.evaluation.measure import measure
+from qirl.families import Family, images_of, largest_target, targets_of
 from qirl.flow.rollout import not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.qwen_image_21 import QwenImage21
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import load_model
-from qirl.packing import Target, cut
+from qirl.packing import cut
 from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Reward
 from qirl.rewards.registry import identity, rewards_of
@@ -44,7 +45,7 @@ from qirl.run.progress import Live
 class Exam:
     """What every model of an evaluation is asked, and who reads the answers."""
 
-    world: DigitsWorld
+    family: Family
     prompts: list[tuple[Prompt, int]]  # with the number of earlier groups of the same prompt
     rewards: list[Reward]
     judge: Any
@@ -52,8 +53,8 @@ class Exam:
     @classmethod
     def of(cls, config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> Exam:
         world, options = make_world(config.world), config.evaluation
-        chosen = balanced(world.prompts("held_out", config.world.prompts), options.prompts, options.seed)
-        return cls(world, chosen, rewards_of(config, world, rewards), held_out_judge())
+        chosen = balanced(world.data.prompts("held_out", config.world.prompts), options.prompts, options.seed)
+        return cls(world.family, chosen, rewards_of(config, world.data, rewards), held_out_judge())
 
 
 def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> dict:
@@ -75,25 +76,26 @@ def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool
 def check(config: EvaluateConfig) -> None:
     """Raises the UserErrors of an evaluation before anything slow begins."""
     world, options = make_world(config.world), config.evaluation
-    need = world.height * world.width * (2 if any(g != 1 for g in options.guidance) else 1)
+    prompts = world.data.prompts("held_out", config.world.prompts)
+    need = largest_target(world.family, prompts) * (2 if any(g != 1 for g in options.guidance) else 1)
     if options.batch_tokens < need:
         raise UserError(
             f"evaluation.batch_tokens={options.batch_tokens} tokens is smaller than one sample of {need} tokens; "
             f"set it to {need} or more"
         )
-    check_model(config, world, options.guidance)
+    check_model(config, world.family, options.guidance)
 
 
 def scan(
     config: EvaluateConfig, exam: Exam, scales: Sequence[float], quiet: bool = False
-) -> Iterator[tuple[float, np.ndarray, dict]]:
-    """(guidance, images uint8 [P, G, H, W, 3], results) of config.model.path, one guidance scale after the other."""
+) -> Iterator[tuple[float, list[list[np.ndarray]], dict]]:
+    """(guidance, images uint8 [H, W, 3] of each prompt's group, results) of config.model.path, one guidance scale after the other."""
     options = config.evaluation
-    model = open_model(config, exam.world, scales)
+    model = open_model(config, exam.family, scales)
     with Live("evaluate", len(scales), show=not quiet) as live:
         for done, guidance in enumerate(scales, start=1):
             flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance, "sampler": "ode"})
-            images = draw(model, exam.world, exam.prompts, options.group, flow, options.seed, options.batch_tokens)
+            images = draw(model, exam.family, exam.prompts, options.group, flow, options.seed, options.batch_tokens)
             found = measure(images, [p for p, _ in exam.prompts], exam.rewards, exam.judge, config.scoring)
             live.update(done, {"guidance": guidance, "judge": found["judge_accuracy"]})
             yield guidance, images, found
@@ -148,12 +150,12 @@ def out_folder(config: EvaluateConfig) -> Path:
     return folder.parent if folder.name == "model" else folder
 
 
-def check_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[float]) -> Path:
-    """The folder of config.model.path, which fits the world and can be guided at these scales."""
+def check_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]) -> Path:
+    """The folder of config.model.path, which fits the family and can be guided at these scales."""
     if config.model.path is None:
         raise UserError("model.path is missing: name the model folder or the finished run to evaluate")
     folder = find_model(config.model.path)
-    model_config(config, world)
+    model_config(config, family)
     if any(g != 1 for g in guidance) and not world_facts(folder).get("unconditional", True):
         raise UserError(
             f"guidance {list(guidance)} needs an unconditional embedding and {config.model.path} was trained without one "
@@ -162,9 +164,9 @@ def check_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[f
     return folder
 
 
-def open_model(config: EvaluateConfig, world: DigitsWorld, guidance: Sequence[float]) -> QwenImage21:
+def open_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]) -> QwenImage21:
     """The model of config.model.path, after the checks."""
-    folder = check_model(config, world, guidance)
+    folder = check_model(config, family, guidance)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,36 +188,37 @@ def balanced(prompts: Sequence[Prompt], count: int, seed: int) -> list[tuple[Pro
 
 def draw(
     model: QwenImage21,
-    world: DigitsWorld,
+    family: Family,
     prompts: Sequence[tuple[Prompt, int]],
     group: int,
     flow: Flow,
     seed: int,
     budget: int,
-) -> np.ndarray:
-    """uint8 [prompts, group, H, W, 3] by ode; prompts come with the number of earlier groups of the same prompt.
+) -> list[list[np.ndarray]]:
+    """`group` images uint8 [H, W, 3] of each prompt, by ode; prompts come with the number of earlier groups of the same prompt.
 
     Raises UserError where latents are not finite.
     """
-    tokens = world.height * world.width * (2 if flow.guidance != 1 else 1)
+    twice = 2 if flow.guidance != 1 else 1
+    costs = [t.tokens * twice * group for t in targets_of(family, [p for p, _ in prompts])]
     images = []
-    for run in cut([tokens * group] * len(prompts), max(budget, tokens * group), "evaluation.batch_tokens"):
+    for run in cut(costs, max(budget, *costs), "evaluation.batch_tokens"):
         own = [prompts[i] for i in run]
-        targets = [Target(i, world.height, world.width) for i in range(len(own)) for _ in range(group)]
+        targets = targets_of(family, [p for p, _ in own], group)
         ids = [p.id for p, _ in own for _ in range(group)]
         samples = [before * group + g for _, before in own for g in range(group)]
         draws = stream(seed, ids, samples, 0, next(model.parameters()).device)
-        conditions = [world.condition(p) for p, _ in own]
-        negatives = [world.negative(p) for p, _ in own]
+        conditions = [family.condition(p) for p, _ in own]
+        negatives = [family.negative(p) for p, _ in own]
         latents = rollout(model, conditions, targets, draws, flow, negatives=negatives).latents()
         if failed := sum(not_finite(latents)):
             raise UserError(
                 f"{failed} of {len(latents)} latents at guidance {flow.guidance:g} are not finite, so they are no "
                 "images to judge; use model.dtype=float32 or a model that has not diverged"
             )
-        images.append(world.decode(latents))
-    flat = np.concatenate(images)
-    return flat.reshape(len(prompts), group, *flat.shape[1:])
+        found = images_of(family, latents, targets)
+        images += [found[i : i + group] for i in range(0, len(found), group)]
+    return images
 
 
 def sample(
@@ -228,13 +231,12 @@ def sample(
 ) -> np.ndarray:
     """One image per prompt, uint8 [n, H, W, 3]; prompt i draws the noise of (seed, i)."""
     folder = find_model(model)
-    width = text_dim or world_facts(folder).get("text_dim", World().text_dim)
-    config = EvaluateConfig(world=World(text_dim=width), model={"path": model})
-    world = make_world(config.world)
-    for text in prompts:
-        parse(text)
-    network = open_model(config, world, [guidance])
+    width = text_dim or world_facts(folder).get("text_dim", WorldOptions().text_dim)
+    config = EvaluateConfig(world=WorldOptions(text_dim=width), model={"path": model})
+    family = make_world(config.world).family
     listed = [(Prompt(i, text), 0) for i, text in enumerate(prompts)]
-    return draw(network, world, listed, 1, Flow(steps=steps, guidance=guidance), seed, config.evaluation.batch_tokens)[
-        :, 0
-    ]
+    for prompt, _ in listed:
+        family.check(prompt)
+    network, flow = open_model(config, family, [guidance]), Flow(steps=steps, guidance=guidance)
+    drawn = draw(network, family, listed, 1, flow, seed, config.evaluation.batch_tokens)
+    return np.stack([image for (image,) in drawn])

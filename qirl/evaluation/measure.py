@@ -26,8 +26,10 @@ CALL = 32  # images that rewards score in one call: whole prompts, as many as fi
 APART = ("judge_accuracy", "diversity", "artifacts", "gap")  # beside the rewards
 
 
-def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge, scoring: Scoring | None = None) -> dict:
-    """The results of one guidance scale; images uint8 [P, G, H, W, 3], G images of each prompt (which may come again).
+def measure(
+    images: Sequence[Sequence[np.ndarray]], prompts: Sequence[Prompt], rewards, judge, scoring: Scoring | None = None
+) -> dict:
+    """The results of one guidance scale; images uint8 [H, W, 3], the same number for each prompt (which may come again).
 
     {"judge_accuracy", "diversity", "artifacts" (dB), "gap": mean, and each with _se: its standard error,
     "rewards", "rewards_se": {component: ...}, "failed": {component: share of its images that could not be scored, where
@@ -40,7 +42,7 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge, scori
     asked.
     """
     samples = [sample for place, prompt in enumerate(prompts) for sample in samples_of(prompt, images[place], place)]
-    scores = _scores(samples, images.shape[1], rewards, scoring)
+    scores = _scores(samples, len(images[0]), rewards, scoring)
     values = _values(images, samples, scores, judge)
     clusters = np.array([p.id for p in prompts])
     result: dict = {"rewards": {}, "rewards_se": {}}
@@ -64,8 +66,8 @@ def measure(images: np.ndarray, prompts: Sequence[Prompt], rewards, judge, scori
     return result | {"failed": _failed(scores), "pairs": len(samples)}
 
 
-def samples_of(prompt: Prompt, images: np.ndarray, place: int = 0) -> list[Sample]:
-    """The images [G, H, W, 3] of one prompt as a reward or a judge takes them; place: of the prompt among others."""
+def samples_of(prompt: Prompt, images: Sequence[np.ndarray], place: int = 0) -> list[Sample]:
+    """The images of one prompt as a reward or a judge takes them; place: of the prompt among others."""
     first = place * len(images)
     return [Sample(first + g, prompt.id, prompt.text, x, prompt.category, prompt.sources) for g, x in enumerate(images)]
 
@@ -90,9 +92,11 @@ def _failed(scores: Sequence[Scores]) -> dict[str, float]:
     return {name: count / applied[name] for name, count in sorted(failed.items())}
 
 
-def _values(images: np.ndarray, samples: Sequence[Sample], scores: Sequence[Scores], judge) -> dict[str, np.ndarray]:
+def _values(
+    images: Sequence[Sequence[np.ndarray]], samples: Sequence[Sample], scores: Sequence[Scores], judge
+) -> dict[str, np.ndarray]:
     """Per number that is reported, its mean over each prompt's images [P]; NaN where it does not apply or failed."""
-    shape = images.shape[:2]
+    shape = len(images), len(images[0])
     correct = np.asarray(judge.correct(samples), dtype=float).reshape(shape).mean(1)
     components = sorted({name for own in scores for name in own})
     read = {name: _means(np.array([s.get(name, np.nan) for s in scores]).reshape(shape)) for name in components}
@@ -101,8 +105,8 @@ def _values(images: np.ndarray, samples: Sequence[Sample], scores: Sequence[Scor
         leading = np.where(np.isnan(leading), read.get(name, np.nan), leading)
     return {
         "judge_accuracy": correct,
-        "diversity": np.array([in_group_diversity(own) for own in images]),
-        "artifacts": np.array([periodic_peak(own) for own in images]),
+        "diversity": np.array([in_group_diversity(np.stack(own)) for own in images]),
+        "artifacts": np.array([periodic_peak(np.stack(own)) for own in images]),
         "gap": leading - correct,
     } | read
 

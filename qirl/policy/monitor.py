@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from qirl.families import images_of, targets_of
 from qirl.kernels.philox import stream
-from qirl.packing import Target
 from qirl.policy.advantages import ABSENT
 from qirl.policy.sampling import sample_in_batches
 
@@ -42,21 +42,21 @@ def reward_metrics(scores, components, categories, weights, group, advantage, va
 def write_samples(trainer, step: int) -> None:
     """samples/step_*.png: the monitor prompts with their own fixed noise, at the run's guidance."""
     from qirl.run.folder import write_json
-    from qirl.run.plots import grid
+    from qirl.run.plots import row
 
-    config, world, engine = trainer.config, trainer.world, trainer.engine
+    config, family, engine = trainer.config, trainer.family, trainer.engine
     if not config.run.samples_every:
         return
     prompts = [p for p, _ in trainer.prompts.step(0, config.run.monitor_prompts)]
     flow = without_noise(config.flow)
-    targets = [Target(i, world.height, world.width) for i in range(len(prompts))]
+    targets = targets_of(family, prompts)
     draws = stream(
         config.run.seed, [p.id for p in prompts], list(range(len(prompts))), MONITOR_ITERATION, engine.ranks.device
     )
     x0, _ = sample_in_batches(trainer, prompts, targets, draws, None, flow)
     if engine.ranks.first:
         stem = engine.folder.samples / f"step_{step:06d}"
-        grid(world.decode(x0)[None], scale=4).save(stem.with_suffix(".png"))
+        row(images_of(family, x0, targets)).save(stem.with_suffix(".png"))
         write_json(
             stem.with_suffix(".json"), {"step": step, "prompts": [p.text for p in prompts], "guidance": flow.guidance}
         )

@@ -42,8 +42,8 @@ def _roll(trainer, prompts, targets, draws: Stream, nodes, flow, run: list[int])
     used = sorted({targets[i].prompt for i in run})
     place = {prompt: index for index, prompt in enumerate(used)}
     own = [Target(place[targets[i].prompt], targets[i].height, targets[i].width) for i in run]
-    conditions = [trainer.world.condition(prompts[i]) for i in used]
-    negatives = [trainer.world.negative(prompts[i]) for i in used] if trainer.guided else None
+    conditions = [trainer.family.condition(prompts[i]) for i in used]
+    negatives = [trainer.family.negative(prompts[i]) for i in used] if trainer.guided else None
     rows = draws.rows(send(torch.tensor(run), draws.prompt.device))
     own_nodes = [nodes[i] for i in run] if nodes else None
     return rollout(trainer.engine.model, conditions, own, rows, flow, own_nodes, negatives)

@@ -34,9 +34,11 @@ class StepScores:
 
     def submit(self, ids: Sequence[int], latents: Sequence[torch.Tensor]) -> None:
         """Decodes a finished micro-group and hands it to the background scorer; what is not finite has failed."""
-        images, failed, samples = self.trainer.world.decode(latents), not_finite(latents), []
+        family, group = self.trainer.family, self.trainer.config.policy.group
+        sizes = [family.size(self.chosen[index // group][0]) for index in ids]
+        images, failed, samples = family.decode(latents, sizes), not_finite(latents), []
         for index, image, bad in zip(ids, images, failed, strict=True):
-            prompt = self.chosen[index // self.trainer.config.policy.group][0]
+            prompt = self.chosen[index // group][0]
             number = sample_number(self.trainer, self.step, index)
             samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources, failed=bad))
             self.images[index] = image

@@ -16,12 +16,12 @@ from qirl.config import TrainConfig
 from qirl.curation.calibration import Calibration, check_fit, load_calibration
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import DigitsWorld, make_world
+from qirl.data.world import make_world
 from qirl.engine import Engine, find_model, world_facts
 from qirl.errors import UserError
+from qirl.families import Family, largest_target, targets_of
 from qirl.flow.rollout import grids, without_failed
 from qirl.kernels.philox import stream
-from qirl.packing import Target
 from qirl.parallel.data import agree, gather_rows, world_size
 from qirl.policy import monitor
 from qirl.policy.advantages import (
@@ -52,7 +52,7 @@ class Trainer:
 
     config: TrainConfig
     engine: Engine
-    world: DigitsWorld
+    family: Family
     rewards: Sequence[Reward]
     scorer: Scorer
     prompts: PromptSampler
@@ -92,21 +92,21 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
             lambda step: monitor.write_samples(trainer, step),
             quiet,
         )
-    engine.finish({"world": trainer.world.name, "text_dim": trainer.world.text_dim, "unconditional": trainer.guided})
+    engine.finish({**trainer.family.facts(), "unconditional": trainer.guided})
     return engine
 
 
 def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     """Everything that can be refused is refused here, before the first step and before the run folder is touched."""
     world = make_world(config.world)
-    prompts = world.prompts("train", config.world.prompts)
+    family, prompts = world.family, world.data.prompts("train", config.world.prompts)
     guided = world_facts(find_model(config.model.path)).get("unconditional", True)
     if config.flow.guidance != 1 and not guided:
         raise UserError(
             f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
             "without one (pretrain.drop_condition=0); set flow.guidance=1"
         )
-    target = world.height * world.width
+    target = largest_target(family, prompts)
     for name, budget, need in (
         ("policy.micro_tokens", config.policy.micro_tokens, target),
         ("flow.rollout_tokens", config.flow.rollout_tokens, target * (2 if config.flow.guidance != 1 else 1)),
@@ -123,17 +123,17 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
         )
     sampler = PromptSampler(prompts, config.run.seed)
     check_noise_counters("policy", config.policy.prompts, config.policy.group, sampler)
-    rewards = rewards_of(config, world, rewards)
+    rewards = rewards_of(config, world.data, rewards)
     if declared := declared_components(rewards):
         check_components(config.advantage, declared, sampler.categories)
     calibration = None
     if config.advantage.calibration is not None:
         calibration = load_calibration(config.advantage.calibration)
         check_fit(calibration, sampler.categories, declared)
-    engine = Engine.open(config, world)
+    engine = Engine.open(config, family)
     if config.policy.kl and not engine.weights.lora:
         engine.weights.keep("reference")
-    trainer = Trainer(config, engine, world, rewards, Scorer(rewards, config.scoring), sampler, guided, calibration)
+    trainer = Trainer(config, engine, family, rewards, Scorer(rewards, config.scoring), sampler, guided, calibration)
     if trainer.old:
         engine.weights.keep("old")
     return trainer
@@ -186,11 +186,11 @@ def sample(
     done(ids, latents) is called for every micro-group of samples as soon as it is finished. slots: draw these; on every
     rank at least one.
     """
-    config, engine, world = trainer.config, trainer.engine, trainer.world
+    config, engine, family = trainer.config, trainer.engine, trainer.family
     slots = slots or list(range(engine.ranks.rank, len(chosen), engine.ranks.world))
     group, device = config.policy.group, engine.ranks.device
     prompts = [chosen[slot][0] for slot in slots]
-    targets = [Target(i, world.height, world.width) for i in range(len(slots)) for _ in range(group)]
+    targets = targets_of(family, prompts, group)
     sample_index = [chosen[slot][1] * group + g for slot in slots for g in range(group)]
     draws = stream(config.run.seed, [p.id for p in prompts for _ in range(group)], sample_index, step, device)
     grid = grids(targets, config.flow, device)
@@ -204,9 +204,9 @@ def sample(
     with engine.weights.using(trainer.old):
         x0, kept = without_failed(*sample_in_batches(trainer, prompts, targets, draws, nodes, done=finished))
     unset = torch.zeros(len(targets))
-    conditions = [world.condition(p) for p in prompts]
+    conditions = [family.condition(p) for p in prompts]
     in_objective = config.guidance.scope == "both" and config.flow.guidance != 1
-    negatives = [world.negative(p) for p in prompts] if in_objective else []
+    negatives = [family.negative(p) for p in prompts] if in_objective else []
     return Experience(conditions, negatives, targets, draws, grid, nodes, x0, kept, ids, unset, unset > 0), slots
 
 

@@ -29,21 +29,21 @@ KINDS = {
 }
 
 
-def rewards_of(config, world, given: Sequence[Reward] = ()) -> list[Reward]:
-    """What scores a run: the callables given to it, else `rewards` of its config, else the world's own."""
-    return list(given) or build(config.rewards) or own_rewards(world)
+def rewards_of(config, data, given: Sequence[Reward] = ()) -> list[Reward]:
+    """What scores a run: the callables given to it, else `rewards` of its config, else the data's own."""
+    return list(given) or build(config.rewards) or own_rewards(data.task)
 
 
-def own_rewards(world) -> list[Reward]:
-    """The digits world's rewards for its tasks, trained on their own part of the data on first use and cached."""
+def own_rewards(task: str) -> list[Reward]:
+    """The digits' rewards for a task of theirs, trained on their own part of the data on first use and cached."""
     from qirl.rewards.digits import DigitRewards, reward_reader
     from qirl.rewards.edits import EditRewards
     from qirl.rewards.glyphs import reward_embedding
     from qirl.run.cache import folder
 
     reader = reward_reader(folder())
-    drawing = [DigitRewards(reader)] if world.task != "edit" else []
-    return drawing + ([EditRewards(reader, reward_embedding(folder()))] if world.task != "t2i" else [])
+    drawing = [DigitRewards(reader)] if task != "edit" else []
+    return drawing + ([EditRewards(reader, reward_embedding(folder()))] if task != "t2i" else [])
 
 
 def identity(options: Mapping[str, RewardOptions]) -> dict:

@@ -179,6 +179,30 @@ def grid(images: np.ndarray, scale: int = 1, captions: Sequence[str] | None = No
     return picture
 
 
+SHOWN = 256  # pixels of the longer side of an image in a row
+
+
+def row(images: Sequence[np.ndarray]) -> Image.Image:
+    """Images uint8 [H, W, 3] of any sizes side by side, in white cells of one size: four times as large, or SHOWN pixels.
+
+    Small ones are enlarged without smoothing, so that the row of images of one size can be cut up again.
+    """
+    longest = max(max(image.shape[:2]) for image in images)
+    scale = 4 if 4 * longest <= SHOWN else 1
+    if longest > SHOWN:
+        images = [_shrunk(image, SHOWN / longest) for image in images]
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    cells = np.full((1, len(images), height, width, 3), 255, np.uint8)
+    for cell, image in zip(cells[0], images, strict=True):
+        cell[: image.shape[0], : image.shape[1]] = image
+    return grid(cells, scale)
+
+
+def _shrunk(image: np.ndarray, factor: float) -> np.ndarray:
+    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
 def compared(blocks: Mapping[str, np.ndarray], captions: Sequence[str], scale: int = 6) -> Image.Image:
     """The same prompts and seeds by several models: a block of rows each, with its label; columns are prompts.
 
