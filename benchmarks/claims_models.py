@@ -23,14 +23,14 @@ from qirl.curation.ledger import NAME as LEDGER
 from qirl.curation.ledger import Ledger
 from qirl.data import edits
 from qirl.data.digits import UNIFORMS
-from qirl.data.world import make_world
-from qirl.engine import WORLD_FILE, find_model, world_facts
 from qirl.errors import UserError
 from qirl.families import targets_of
+from qirl.models.folders import WORLD_FILE, find_model, world_facts
 from qirl.models.weights import load_config, load_model, save_model
 from qirl.packing import pack
 from qirl.run import checkpoint
 from qirl.run.folder import write_json
+from qirl.world import make_world
 
 STATES = 512  # examples at which velocities are compared
 SEED = 1_000_003

@@ -38,11 +38,11 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVC
 
 from qirl import config as configuration
 from qirl.config_sections import Flow
-from qirl.data.world import make_world
-from qirl.engine import WORLD_FILE, initialise, model_config
+from qirl.engine import initialise, model_config
 from qirl.flow.grid import sigmas
 from qirl.flow.rollout import rollout
 from qirl.kernels.philox import INITIAL, normal, stream
+from qirl.models.folders import WORLD_FILE
 from qirl.models.qwen_image_21 import QwenImage21, model_time
 from qirl.models.weights import load_model, save_model
 from qirl.packing import Condition, Target
@@ -51,6 +51,7 @@ from qirl.policy.packs import Pair, Prefix, lay_out
 from qirl.policy.trainer import open_trainer, train_step
 from qirl.run.folder import write_json
 from qirl.run.machine import machine
+from qirl.world import make_world
 
 # The shape ratios of the 20B model, small: heads x head_dim = width, mlp_ratio 3, rotary axes 1 : 3.5 : 3.5.
 CONFIG = dict(

@@ -184,7 +184,7 @@ def export(
 ) -> None:
     """Copy a run's model as a diffusers folder."""
     with told():
-        from qirl.engine import find_model
+        from qirl.models.folders import find_model
         from qirl.models.weights import copy_model
 
         say(f"model: {copy_model(find_model(run), out)}")

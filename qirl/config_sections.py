@@ -68,7 +68,10 @@ class Run(Section):
 
 
 class World(Section):
-    name: Literal["digits"] = option("digits", "data, condition encoder, autoencoder and built-in rewards")
+    name: Literal["digits", "prompts"] = option(
+        "digits",
+        "digits: the miniature, with data, encoders and rewards of its own; prompts: a file of yours for a model of Qwen-Image",
+    )
     task: Literal["t2i", "edit", "mixed"] = option(
         "t2i", "which prompts: text-to-image, edits of source images, or both"
     )
@@ -76,6 +79,12 @@ class World(Section):
         None, "file of training prompts (.txt, or .jsonl with text, category, id); null: the built-in ones"
     )
     text_dim: int = option(64, "width of the digits world's word vectors", ge=4)
+    resolution: int = option(
+        1024,
+        "side in pixels of the images of prompts without a size of their own; edits take their last source's shape",
+        ge=64,
+    )
+    negative: str = option(" ", "prompt of the unconditional twin under guidance")
 
 
 class Architecture(Section):
@@ -106,7 +115,13 @@ class Lora(Section):
 
 
 class Model(Section):
-    path: str | None = option(None, "model to start from: a diffusers folder or a finished run folder")
+    path: str | None = option(
+        None, "model to start from: a folder of diffusers, a finished run, or hf://OWNER/NAME@REVISION"
+    )
+    pipeline: str | None = option(
+        None,
+        "pipeline whose encoders and autoencoder go with the model; null: the one at model.path, or that it came from",
+    )
     variant: str | None = option(
         None, "variant of its weight files, such as fp16; null: those without one, else the only variant in the folder"
     )

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from qirl.config_sections import Section
-from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
-from qirl.packing import PackedBatch
+from qirl.models.architecture import Transformer
+from qirl.models.qwen_image import QwenImageConfig
+from qirl.models.qwen_image_21 import QwenImage21Config
+from qirl.models.weights import Config
+from qirl.packing import JointPack, Pack, PackedBatch
 from qirl.policy.packs import Layout, Prefix
 
 
@@ -35,12 +38,26 @@ class Flops:
         return {"matmul": self.matmul, "attention": self.attention, "total": self.matmul + self.attention}
 
 
-def forward_flops(c: QwenImage21Config, body: PackedBatch) -> Flops:
-    """One forward of a pack: with its prefix, of targets only (`without_prefix`), or a prefill (no targets).
+def forward_flops(c: Config, body: Pack | None) -> Flops:
+    """One forward of a pack: with its prefix, of targets only (`without_prefix`), or a prefill (no targets, or no pack)."""
+    if body is None:
+        return Flops()
+    return _joint_flops(c, body) if isinstance(body, JointPack) else _shared_flops(c, body)
 
-    The last block computes nothing but keys and values for prefix tokens. A causal text block counts as whole.
-    """
-    w, channels = c.width, c.out_channels or c.in_channels
+
+def _joint_flops(c: QwenImageConfig, body: JointPack) -> Flops:
+    """The last block computes nothing but queries, keys and values for text."""
+    w, targets, text = c.width, body.target_tokens, len(body.text_row)
+    images, rows = targets + len(body.reference_row), len(body.lengths) + 1
+    weights = c.num_layers * (12 * w * w * (images + text) + 12 * w * w * rows) - 9 * w * w * text
+    inputs = (images * c.in_channels + text * c.joint_attention_dim + rows * (256 + w)) * w
+    outputs = (rows * 2 * w + targets * c.latent_channels) * w
+    return Flops(2 * (weights + inputs + outputs), 4 * w * c.num_layers * _pairs(body), 2 * inputs)
+
+
+def _shared_flops(c: QwenImage21Config, body: PackedBatch) -> Flops:
+    """The last block computes nothing but keys and values for prefix tokens. A causal text block counts as whole."""
+    w, channels = c.width, c.latent_channels
     prefix, targets, text = body.prefix_tokens, body.target_tokens, body.text.shape[0]
     block = 4 * w * w + 3 * c.mlp_ratio * w * w
     weights = c.num_layers * (prefix + targets) * block - prefix * (block - 2 * w * w)
@@ -53,11 +70,11 @@ def forward_flops(c: QwenImage21Config, body: PackedBatch) -> Flops:
     return Flops(2 * (weights + inputs + outputs), attention, 2 * inputs)
 
 
-def _pairs(body: PackedBatch) -> int:
-    return sum(s.count * s.q_len * s.k_len for s in (*body.own, *body.past))
+def _pairs(body: Pack) -> int:
+    return sum(s.count * s.q_len * s.k_len for s in (*body.own, *getattr(body, "past", ())))
 
 
-def training_flops(config: Section, model: QwenImage21, forward: Flops, tokens: int) -> Flops:
+def training_flops(config: Section, model: Transformer, forward: Flops, tokens: int) -> Flops:
     """Forward and backward: 3 x forward. Frozen weights need no gradients of their own: 2 x (1 x where no adapter stands
     before them), plus the adapters' 3 x."""
     if not config.model.lora.rank:
@@ -66,7 +83,7 @@ def training_flops(config: Section, model: QwenImage21, forward: Flops, tokens: 
     return forward * 2 + Flops(3 * 2 * adapters * tokens - forward.inputs)
 
 
-def describe_packs(bodies: Sequence[PackedBatch], prefix: int | None = None) -> dict[str, int]:
+def describe_packs(bodies: Sequence[Pack], prefix: int | None = None) -> dict[str, int]:
     """The number of packs and the size of the largest; prefix: that of the seam, where each prompt's runs on its own."""
     largest = max(bodies, key=lambda b: b.tokens)
     own = largest.prefix_tokens if prefix is None else prefix
@@ -76,12 +93,12 @@ def describe_packs(bodies: Sequence[PackedBatch], prefix: int | None = None) -> 
     }  # fmt: skip
 
 
-def activation_bytes(model: QwenImage21, layout: Layout, body: PackedBatch) -> int:
+def activation_bytes(model: Transformer, layout: Layout, body: Pack) -> int:
     """Bytes that autograd keeps for the backward of one pack, counted by a forward on the meta device."""
     device = torch.device("meta")
     fields = {f.name: getattr(body, f.name) for f in dataclasses.fields(body) if f.name != "memo"}
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
-    body = PackedBatch(**moved)
+    body = type(body)(**moved)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -19,9 +19,10 @@ from qirl.errors import UserError
 from qirl.families import Family
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter
+from qirl.models.architecture import Transformer
+from qirl.models.folders import WORLD_FILE, find_model
 from qirl.models.lora import add_lora, merged_state
-from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
-from qirl.models.weights import load_config, load_model, save_model
+from qirl.models.weights import Config, load_config, load_model, new_model, save_model
 from qirl.optim import Optimizer
 from qirl.parallel.data import Ranks, agree, shard, start
 from qirl.policy.weights import Weights
@@ -31,54 +32,27 @@ from qirl.run.logs import JsonLines
 from qirl.run.progress import Live
 from qirl.run.trackers import Trackers
 
-WORLD_FILE = "qirl.json"
 
-
-def find_model(path: str) -> Path:
-    """The diffusers folder meant by `path`: itself, or the model/ of a finished run."""
-    folder = Path(path)
-    for candidate in (folder, folder / "model", folder / "transformer"):
-        if (candidate / "config.json").exists():
-            return candidate
-    raise UserError(f"{path} holds no model (no config.json, no model/ of a finished run); check model.path")
-
-
-def world_facts(folder: Path) -> dict:
-    """What a model folder says of its world; another system's folder says nothing and is assumed to know guidance.
-
-    Raises UserError for a damaged file and for a text_dim or unconditional of another type.
-    """
-    path = folder / WORLD_FILE
-    try:
-        facts = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise UserError(f"{path} is truncated or damaged; copy the model folder again")
-    for name, kind, what in (("text_dim", int, "a whole number"), ("unconditional", bool, "true or false")):
-        if type(facts.get(name, kind())) is not kind:
-            raise UserError(f"{path}: {name}={facts[name]!r} must be {what}; copy the model folder again")
-    return facts
-
-
-def model_config(config: Section, family: Family) -> QwenImage21Config:
+def model_config(config: Section, family: Family) -> Config:
     """The architecture of a run's model, checked against its family."""
     if config.model.path is None:
         return family.architecture(config.model.architecture)
     found = load_config(find_model(config.model.path))
     family.fits(found)
+    if hasattr(config, "flow"):
+        family.suits(config.flow)
     return found
 
 
-def build_model(config: Section, family: Family, device, master: torch.dtype) -> QwenImage21:
+def build_model(config: Section, family: Family, device, master: torch.dtype) -> Transformer:
     if config.model.path is not None:
         return load_model(find_model(config.model.path), master, device, variant=config.model.variant)
-    model = QwenImage21(model_config(config, family))
+    model = new_model(model_config(config, family))
     initialise(model, config.run.seed)
     return model.to(device, master)
 
 
-def initialise(model: QwenImage21, seed: int) -> None:
+def initialise(model: Transformer, seed: int) -> None:
     """Xavier weights from one seeded generator; blocks start as the identity (zero gates), the output at zero."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     for name, parameter in model.named_parameters():
@@ -95,7 +69,7 @@ class Engine:
     config: PretrainConfig | TrainConfig | DistillConfig
     ranks: Ranks
     folder: RunFolder
-    model: QwenImage21
+    model: Transformer
     weights: Weights
     optimizer: Optimizer
     metrics: JsonLines
@@ -109,7 +83,7 @@ class Engine:
         model_config(config, family)
         lora = config.model.lora
 
-        def build(device, master: torch.dtype) -> QwenImage21:
+        def build(device, master: torch.dtype) -> Transformer:
             model = build_model(config, family, device, master)
             if lora.rank:
                 add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)

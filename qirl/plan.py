@@ -26,24 +26,25 @@ from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, t
 from qirl.curation.probe import batches, candidates
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import World, make_world
 from qirl.distill.costs import distillation
-from qirl.engine import DTYPES, find_model, model_config
+from qirl.engine import DTYPES, model_config
 from qirl.families import Family, targets_of
 from qirl.flow.rollout import with_negatives
+from qirl.models.architecture import Transformer
+from qirl.models.folders import find_model
 from qirl.models.lora import add_lora
-from qirl.models.qwen_image_21 import QwenImage21
-from qirl.models.weights import check_weights
+from qirl.models.weights import check_weights, new_model
 from qirl.packing import Target, cut, pack
 from qirl.policy.packs import Layout, Pair, lay_out
+from qirl.world import World, make_world
 
 DRAWING = (EvaluateConfig, CurateConfig, CalibrateConfig)  # commands that train nothing
 
 
-def meta_model(config: Section, world: World) -> QwenImage21:
+def meta_model(config: Section, world: World) -> Transformer:
     """The run's model on the meta device, with adapters, after its files' headers were checked."""
     with torch.device("meta"):
-        model = QwenImage21(model_config(config, world.family)).to(DTYPES[config.model.dtype])
+        model = new_model(model_config(config, world.family)).to(DTYPES[config.model.dtype])
     if config.model.path is not None:
         check_weights(model, find_model(config.model.path), config.model.variant)
     lora = config.model.lora
@@ -63,7 +64,7 @@ def plan(config: Section, world_size: int = 1) -> dict:
     if isinstance(config, EvaluateConfig) and config.evaluation.models:
         return _plan_of_models(config)
     world_size = 1 if isinstance(config, DRAWING) else world_size
-    world = make_world(config.world)
+    world = make_world(config.world, config.model)
     model = meta_model(config, world)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -119,7 +120,7 @@ def _copies(config: PretrainConfig | TrainConfig | DistillConfig) -> list[str]:
     return names
 
 
-def _pretrain(config: PretrainConfig, world: World, model: QwenImage21, ranks: int):
+def _pretrain(config: PretrainConfig, world: World, model: Transformer, ranks: int):
     """Texts of training prompts stand for the examples' own; dropped conditions make packs a little smaller."""
     batch = -(-config.pretrain.batch // ranks)
     family = world.family
@@ -140,7 +141,7 @@ def _pretrain(config: PretrainConfig, world: World, model: QwenImage21, ranks: i
     return {"update": describe_packs(bodies)}, flops, memory
 
 
-def _train(config: TrainConfig, world: World, model: QwenImage21, ranks: int):
+def _train(config: TrainConfig, world: World, model: Transformer, ranks: int):
     policy, flow = config.policy, config.flow
     slots = list(range(0, policy.prompts, ranks))
     sampler = PromptSampler(world.data.prompts("train", config.world.prompts), config.run.seed)
@@ -202,7 +203,7 @@ def _kept_bytes(config: TrainConfig, family: Family, prompts: Sequence[Prompt]) 
     return values * (max(size, 4) + policy.timesteps.count * transition)
 
 
-def _rollout(model: QwenImage21, family: Family, prompts, group: int, flow: Flow, budget: int, whole=False):
+def _rollout(model: Transformer, family: Family, prompts, group: int, flow: Flow, budget: int, whole=False):
     """Batches and FLOPs of sampling `group` images per prompt; whole: a prompt's images stay in one batch."""
     guided = flow.guidance != 1
     twice, targets = 2 if guided else 1, targets_of(family, prompts, 1 if whole else group)
@@ -224,7 +225,7 @@ def _rollout(model: QwenImage21, family: Family, prompts, group: int, flow: Flow
     return describe_packs(bodies), flops
 
 
-def _evaluate(config: EvaluateConfig, world: World, model: QwenImage21, ranks: int):
+def _evaluate(config: EvaluateConfig, world: World, model: Transformer, ranks: int):
     options = config.evaluation
     sampler = PromptSampler(world.data.prompts("held_out", config.world.prompts), options.seed)
     prompts = [p for p, _ in sampler.step(0, options.prompts)]
@@ -236,7 +237,7 @@ def _evaluate(config: EvaluateConfig, world: World, model: QwenImage21, ranks: i
     return tokens, flops, {}
 
 
-def _probe(config: CurateConfig | CalibrateConfig, world: World, model: QwenImage21, ranks: int):
+def _probe(config: CurateConfig | CalibrateConfig, world: World, model: Transformer, ranks: int):
     if isinstance(config, CalibrateConfig) and config.calibrate.ledger is not None:
         return {}, {}, {}  # its images are drawn already
     prompts, probe, flow = candidates(config, world), config.probe, config.flow

@@ -12,7 +12,6 @@ import time
 import torch
 
 from qirl.config import PretrainConfig
-from qirl.data.world import World, make_world
 from qirl.engine import Engine
 from qirl.errors import UserError
 from qirl.families import largest_target
@@ -20,6 +19,7 @@ from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
 from qirl.kernels.velocity_match import velocity_match
 from qirl.packing import Target, cut, pack, send
 from qirl.parallel.data import agree, world_size
+from qirl.world import World, make_world
 
 
 def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
         raise UserError(
             f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
         )
-    world = make_world(config.world)
+    world = make_world(config.world, config.model)
     prompts = world.data.prompts("train")
     need = largest_target(world.family, prompts) + max(world.family.condition(p).tokens for p in prompts)
     if config.pretrain.micro_tokens < need:

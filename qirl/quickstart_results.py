@@ -83,9 +83,9 @@ def elo_of(arena: Mapping) -> dict:
 
 def picture(recipes: Mapping[str, Section], stages: Mapping[str, dict]):
     """Held-out prompts of both tasks: the sources of edits, then what base, teachers and student make of the same noise."""
-    from qirl.data.world import make_world
     from qirl.evaluation.evaluate import balanced
     from qirl.run.plots import compared
+    from qirl.world import make_world
 
     arena = recipes["arena"]
     everything = make_world(arena.world).data.prompts("held_out")
@@ -108,9 +108,9 @@ def picture(recipes: Mapping[str, Section], stages: Mapping[str, dict]):
 
 def drawn(arena: EvaluateConfig, name: str, prompts, guidance: float) -> np.ndarray:
     """One image per prompt, uint8 [n, H, W, 3], of a model of the arena; the noise is the same for all of them."""
-    from qirl.data.world import make_world
     from qirl.evaluation.compare import config_of
     from qirl.evaluation.evaluate import draw, open_model
+    from qirl.world import make_world
 
     config, family = config_of(arena, name), make_world(arena.world).family
     flow = config.flow.model_copy(update={"steps": config.evaluation.steps, "guidance": guidance})

@@ -22,10 +22,10 @@ from claims_results import Number, Results, mean, minus  # noqa: E402
 from claims_tables import verdicts  # noqa: E402
 
 from qirl import config as configuration  # noqa: E402
-from qirl.data.world import make_world  # noqa: E402
 from qirl.errors import UserError  # noqa: E402
 from qirl.evaluation.evaluate import balanced  # noqa: E402
 from qirl.paths import find_config  # noqa: E402
+from qirl.world import make_world  # noqa: E402
 
 # ---- arms
 

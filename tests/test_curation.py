@@ -24,7 +24,6 @@ from qirl.curation import probe as probing
 from qirl.curation.curate import curate, decide
 from qirl.curation.ledger import Ledger
 from qirl.data.prompts import load_prompts
-from qirl.data.world import make_world
 from qirl.errors import UserError
 from qirl.flow.rollout import rollout
 from qirl.kernels.philox import stream
@@ -33,6 +32,7 @@ from qirl.packing import Target
 from qirl.plan import plan
 from qirl.policy.trainer import open_trainer, train_step
 from qirl.tables import print_curation
+from qirl.world import make_world
 
 NAN = math.nan
 PROMPTS = [

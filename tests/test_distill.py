@@ -7,7 +7,6 @@ import torch
 from distill_runs import config, save_teacher
 from tiny_runs import CHANNELS
 
-from qirl.data.world import make_world
 from qirl.distill.schedule import order, teacher_of, turn_of
 from qirl.distill.sweep import Guide, cut_samples, node_weight, sweep
 from qirl.distill.trainer import lesson_of, prompts_by_task
@@ -18,6 +17,7 @@ from qirl.kernels.philox import INITIAL, normal
 from qirl.models.weights import load_model
 from qirl.packing import Target, pack
 from qirl.parallel.data import Ranks
+from qirl.world import make_world
 
 SDE = {"flow": {"sampler": "sde"}}
 EDIT = {"task": "edit"}

@@ -49,7 +49,7 @@ def adapters(tiny_model, tmp_path_factory):
     for rank, alpha in ((2, 3.0), (3, 8.0)):
         out = tmp_path_factory.mktemp("lora") / f"rank{rank}"
         lora = {"model": {"lora": {"rank": rank, "alpha": alpha, "targets": ("to_q", "out")[: rank - 1]}}}
-        from qirl.data.world import make_world
+        from qirl.world import make_world
 
         own = train_config(out, tiny_model, lora)
         engine = Engine.open(own, make_world(own.world).family)

@@ -11,10 +11,10 @@ from qirl.data.digit_set import EDITED
 from qirl.data.edits import EditSpec, parse_instruction, picture_of, wanted
 from qirl.data.prompts import FIRST_EDIT, Prompt
 from qirl.data.words import WordVectors, tokens
-from qirl.data.world import make_world
 from qirl.errors import UserError
 from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Sample
+from qirl.world import make_world
 
 
 def data(task="mixed"):

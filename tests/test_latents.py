@@ -7,9 +7,9 @@ import torch
 from qirl.config_sections import World
 from qirl.data import digits, edits, latents
 from qirl.data.latents import CHANNELS, STROKES, TOKENS
-from qirl.data.world import make_world
 from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Sample
+from qirl.world import make_world
 
 
 def uniforms(count: int) -> np.ndarray:

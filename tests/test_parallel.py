@@ -17,7 +17,7 @@ from tiny_runs import BASE, PRETRAIN, SDE, merge
 
 from qirl.config_sections import World
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import make_world
+from qirl.world import make_world
 
 FLOAT64 = {"model": {"dtype": "float64"}, "flow": {"storage": "float64"}}
 # a large epsilon: AdamW then does not blow up the rounding of gradients near zero into whole steps

@@ -150,7 +150,7 @@ def test_no_unconditional_pass_runs_in_the_update_under_guidance(opened, old, pa
 
     handle = trainer.engine.model.register_forward_pre_hook(watch)
     exp, _, slots = experience(trainer)
-    null = trainer.world.negative(Prompt(0, "")).text
+    null = trainer.family.negative(Prompt(0, "")).text
     assert seen["targets"] == 12 * 2 * 4  # samples, both branches, steps
     assert any((text == null).all(1).any() for text in seen["texts"])
     seen.update(targets=0, texts=[])

@@ -154,7 +154,7 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base_bit_for_bit(ope
     second = training.train_step(trainer, 1)
     assert first["kl"] == 0 and second["kl"] > 0 and "reference" not in trainer.engine.weights.copies
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if "lora_" not in n)
-    body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
+    body = pack([trainer.family.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
     x, t = torch.randn(16, CHANNELS, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     with torch.no_grad():
         with trainer.engine.weights.reference():
@@ -170,7 +170,7 @@ def test_lora_export_is_merged_and_runs_in_diffusers(opened):
     theirs = QwenImage21Transformer2DModel.from_pretrained(folder)
     assert not any("lora" in n for n in theirs.state_dict())
     ours = load_model(folder)
-    body = pack([trainer.world.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
+    body = pack([trainer.family.condition(Prompt(0, "a red 7"))], [Target(0, 4, 4)])
     x, t = torch.randn(16, CHANNELS, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     with torch.no_grad():
         adapted = trainer.engine.model(body, x, t)

@@ -302,8 +302,8 @@ def test_perfect_pictures_score_perfectly_and_blank_ones_do_not():
 def test_two_models_are_compared_on_the_same_noise(finished):
     """The draw depends on seed, prompt and sample only; the same model gives the same picture in any company."""
     from qirl.config_sections import Flow, World
-    from qirl.data.world import make_world
     from qirl.models.weights import load_model
+    from qirl.world import make_world
 
     out, _ = finished
     model, family = load_model(out / "base/model"), make_world(World()).family

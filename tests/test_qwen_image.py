@@ -6,8 +6,7 @@ from diffusers import QwenImageTransformer2DModel
 
 from qirl.errors import UserError
 from qirl.models.qwen_image import QwenImage, QwenImageConfig
-from qirl.packing import Condition, Target
-from qirl.packing_joint import pack_joint
+from qirl.packing import Condition, Target, pack_joint
 
 CONFIG = dict(
     patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=32, num_attention_heads=2,

@@ -54,8 +54,16 @@ def tokenizer():
     )
 
 
-def save_judge(folder: Path, family: str = "qwen3_vl", width: int = 128, layers: int = 3, seed: int = 0) -> Path:
-    """A model folder: random weights, tokenizer, chat template, image processor."""
+def save_judge(
+    folder: Path,
+    family: str = "qwen3_vl",
+    width: int = 128,
+    layers: int = 3,
+    seed: int = 0,
+    patch: int = 4,
+    merge: int = 2,
+) -> Path:
+    """A model folder: random weights, tokenizer, chat template, image processor. patch: pixels of one of its sides."""
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
@@ -81,7 +89,7 @@ def save_judge(folder: Path, family: str = "qwen3_vl", width: int = 128, layers:
         num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.06, bos_token_id=None, eos_token_id=end, pad_token_id=pad,
     )  # fmt: skip
     vision = dict(
-        depth=2, hidden_size=width, intermediate_size=2 * width, num_heads=4, patch_size=4, spatial_merge_size=2,
+        depth=2, hidden_size=width, intermediate_size=2 * width, num_heads=4, patch_size=patch, spatial_merge_size=merge,
         temporal_patch_size=1, out_hidden_size=width, initializer_range=0.06,
     )  # fmt: skip
     section = [width // 4 // 2 - 2 * (width // 4 // 6), width // 4 // 6, width // 4 // 6]

@@ -21,9 +21,9 @@ from qirl.curation.calibration import NAME, VERSION
 from qirl.curation.ledger import DRAWN, MEASURED, Ledger, check_header
 from qirl.curation.ledger import NAME as LEDGER
 from qirl.curation.probe import collect, open_probe, policy_hash, sampler_facts
-from qirl.engine import find_model
 from qirl.errors import UserError, nearest
 from qirl.kernels.calibrated_weights import calibrated_weights
+from qirl.models.folders import find_model
 from qirl.parallel.data import start
 from qirl.policy.advantages import (
     ABSENT,

@@ -20,15 +20,15 @@ from qirl.config import CalibrateConfig, CurateConfig, to_dict
 from qirl.curation.ledger import NAME, NOISE, RAW, VERSION, Ledger
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import World, make_world
-from qirl.engine import DTYPES, Stop, find_model, model_config, world_facts
+from qirl.engine import DTYPES, Stop, model_config
 from qirl.errors import UserError
 from qirl.families import Family, images_of, largest_target, targets_of
 from qirl.flow.rollout import grids, not_finite, rollout
 from qirl.kernels.philox import stream
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.architecture import Transformer
+from qirl.models.folders import find_model, world_facts
 from qirl.models.weight_files import weight_files
-from qirl.models.weights import check_values, check_weights, load_model
+from qirl.models.weights import check_values, check_weights, load_model, new_model
 from qirl.packing import cut
 from qirl.parallel.data import Ranks, start
 from qirl.policy.monitor import MONITOR_ITERATION
@@ -39,8 +39,13 @@ from qirl.rewards.scorer import Scorer
 from qirl.run import lock
 from qirl.run.folder import RunFolder, write_bytes
 from qirl.run.progress import Live
+from qirl.world import World, make_world
 
 PROBE_ITERATION = MONITOR_ITERATION - 1  # run.steps stays below it
+_SEEN = {
+    "digits": ("name", "text_dim"),
+    "prompts": ("name", "resolution", "negative"),
+}  # options of `world` that images show
 _NOT_SEEN = ("rollout_tokens", "storage")  # options of `flow` that no image depends on
 
 
@@ -53,7 +58,7 @@ class Probe:
     prompts: list[Prompt]
     rewards: Sequence[Reward]
     ranks: Ranks
-    model: QwenImage21 | None = None
+    model: Transformer | None = None
 
     def load(self) -> None:
         config = self.config
@@ -88,7 +93,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
     rewards: callables of qirl.rewards.protocol; none: the world's own. Raises UserError for a model, prompt file or
     budget that does not fit.
     """
-    world = make_world(config.world)
+    world = make_world(config.world, config.model)
     prompts = candidates(config, world)
     need = largest_target(world.family, prompts) * _twice(config)
     if config.flow.rollout_tokens < need:
@@ -98,7 +103,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     folder = find_model(config.model.path)
     with torch.device("meta"):
-        check_weights(QwenImage21(model_config(config, world.family)), folder, config.model.variant)
+        check_weights(new_model(model_config(config, world.family)), folder, config.model.variant)
     if config.flow.guidance != 1 and not world_facts(folder).get("unconditional", True):
         raise UserError(
             f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
@@ -155,7 +160,7 @@ def facts(probe: Probe) -> dict:
 
 def sampler_facts(config: CurateConfig | CalibrateConfig) -> dict:
     """dtype, world, flow and trained nodes: how images are drawn, apart from the weights and the noise."""
-    world = {k: v for k, v in to_dict(config)["world"].items() if k not in ("prompts", "task")}
+    world = {k: v for k, v in to_dict(config)["world"].items() if k in _SEEN[config.world.name]}
     flow = {k: v for k, v in to_dict(config)["flow"].items() if k not in _NOT_SEEN}
     timesteps = to_dict(config)["probe"]["timesteps"] if _nodes_matter(config) else None
     return {"dtype": config.model.dtype, "world": world, "flow": flow, "timesteps": timesteps}

@@ -13,6 +13,7 @@ from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 
 EXAMPLE = '{"text": "a red 7"}'
+KEYS = {"text", "category", "id", "sources", "height", "width", "metadata"}
 FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 
 
@@ -20,7 +21,7 @@ FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 class Prompt:
     """One prompt. `id` (0 to 2**32 - 1) keys the noise and the advantage group: it stays with its text.
 
-    sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image. uint16 is scaled to uint8; raises UserError for
+    height, width: of its images in pixels, where it has its own. metadata: for rewards. sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image. uint16 is scaled to uint8; raises UserError for
     other dtypes and shapes.
     """
 
@@ -28,6 +29,9 @@ class Prompt:
     text: str
     category: str = "general"
     sources: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    height: int | None = None
+    width: int | None = None
+    metadata: dict = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         sources = tuple(as_uint8(image, f"source {i} of prompt {self.id}") for i, image in enumerate(self.sources))
@@ -40,7 +44,8 @@ class Prompt:
 
 
 def load_prompts(path: str | Path, check: Callable[[Prompt], None] | None = None) -> list[Prompt]:
-    """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?, "sources"?}.
+    """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?, "sources"?,
+    "height"?, "width"?, "metadata"?}.
 
     Blank lines are skipped. "sources": the images of an edit, paths relative to the file. Without "id" a prompt's id
     is its place among the prompts, from 0 (for an edit from FIRST_EDIT). `check` may refuse a prompt by a UserError.
@@ -73,9 +78,8 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
     row = parse_object(line, EXAMPLE)
     if not isinstance(row.get("text"), str) or not row["text"].strip():
         raise UserError(f'no "text"; write one object a line, such as {EXAMPLE}')
-    unknown = sorted(set(row) - {"text", "category", "id", "sources"})
-    if unknown:
-        raise UserError(f"unknown key '{unknown[0]}'; known: category, id, sources, text")
+    if unknown := sorted(row.keys() - KEYS):
+        raise UserError(f"unknown key '{unknown[0]}'; known: {', '.join(sorted(KEYS))}")
     paths = row.get("sources", [])
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise UserError(f'"sources" is {paths!r}; it must be a list of image paths, relative to the prompt file')
@@ -84,4 +88,10 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
         raise UserError(f'"id" is {number!r}; it must be an integer from 0 to {2**32 - 1}')
     if not isinstance(category, str) or not category:
         raise UserError(f'"category" is {category!r}; it must be a word')
-    return Prompt(number, row["text"].strip(), category, tuple(read_image(folder / path) for path in paths))
+    sides, metadata = [row.get(name) for name in ("height", "width")], row.get("metadata", {})
+    if not (sides == [None, None] or all(type(side) is int and side > 0 for side in sides)):
+        raise UserError(f'"height" and "width" are {sides[0]!r} and {sides[1]!r}; give both in pixels, or neither')
+    if not isinstance(metadata, dict):
+        raise UserError(f'"metadata" is {metadata!r}; it must be an object')
+    images = tuple(read_image(folder / path) for path in paths)
+    return Prompt(number, row["text"].strip(), category, images, *sides, metadata)

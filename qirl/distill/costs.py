@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from qirl.config import DistillConfig
 from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, training_flops
-from qirl.data.world import World
 from qirl.distill.schedule import order
 from qirl.distill.sweep import Lesson, cut_samples
 from qirl.distill.teachers import find_sources, meta_teacher
 from qirl.distill.trainer import lesson_of, prompts_by_task, shares_of
 from qirl.flow.rollout import DTYPES
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.architecture import Transformer
 from qirl.packing import pack
 from qirl.parallel.data import Ranks
 from qirl.policy.packs import Layout
+from qirl.world import World
 
 
-def distillation(config: DistillConfig, world: World, model: QwenImage21, ranks: int):
+def distillation(config: DistillConfig, world: World, model: Transformer, ranks: int):
     """(tokens, flops, memory) for qirl.plan.plan: of a step with each teacher, in its first turn."""
     prompts, period = prompts_by_task(config, world), order(shares_of(config))
     tokens, flops, largest = {}, {}, None
@@ -40,7 +40,7 @@ def distillation(config: DistillConfig, world: World, model: QwenImage21, ranks:
     return tokens, flops, _teachers_memory(config, ranks) | {"activations": activation_bytes(model, layout, body)}
 
 
-def _pack_flops(config: DistillConfig, model: QwenImage21, lesson: Lesson, prefix) -> tuple[Flops, Flops]:
+def _pack_flops(config: DistillConfig, model: Transformer, lesson: Lesson, prefix) -> tuple[Flops, Flops]:
     """The student's sweep with its backward, and the forwards of teacher and base at the trained nodes."""
     c = model.config
     once = forward_flops(c, prefix)

@@ -22,7 +22,7 @@ from qirl.flow.rollout import mode_table, step_at, with_negatives
 from qirl.kernels.flow_step import ODE, SDE, Noise, Step, coefficients, flow_step
 from qirl.kernels.philox import INITIAL, Stream, normal
 from qirl.kernels.velocity_match import velocity_match
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.architecture import Transformer
 from qirl.packing import Condition, PackedBatch, Target, pack, send
 from qirl.policy.packs import Layout, Prefix
 
@@ -109,13 +109,14 @@ def cut_samples(lesson: Lesson, budget: int) -> list[list[int]]:
     packs: list[list[int]] = []
     room, before = 0, None
     for index, target in enumerate(lesson.targets):
-        whole = target.tokens + lesson.conditions[target.prompt].tokens
+        condition = lesson.conditions[target.prompt]
+        whole = target.tokens + condition.tokens
         if whole > budget:
             raise UserError(
                 f"distill.micro_tokens={budget} tokens is smaller than one sample of {whole} tokens (its prompt's "
                 f"included); set it to {whole} or more"
             )
-        cost = target.tokens if packs and target.prompt == before else whole
+        cost = whole - condition.prefix_tokens if packs and target.prompt == before else whole
         if not packs or cost > room:
             packs.append([])
             room, cost = budget, whole
@@ -141,7 +142,7 @@ def node_weight(kind: str, step: Step) -> torch.Tensor:
 
 
 def sweep(
-    student: QwenImage21,
+    student: Transformer,
     guide: Guide,
     lesson: Lesson,
     flow: Flow,
@@ -156,7 +157,7 @@ def sweep(
     the frozen base, for options.anchor. schedule: what the ranks agreed on; a rank that has no samples for a run that
     others do repeats its first one with weight 0. flow.sampler makes the states, as in a rollout.
     """
-    device, channels = lesson.grid.device, student.config.out_channels or student.config.in_channels
+    device, channels = lesson.grid.device, student.config.latent_channels
     prefix = Prefix(student, Layout(lesson.conditions, (), [], 0, seam=True), device)
     with torch.no_grad():
         taught = guide.model(pack(lesson.with_twins([])[0], [], device=device))

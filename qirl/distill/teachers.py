@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from qirl.config import DistillConfig
-from qirl.engine import find_model, world_facts
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapter_files import is_adapter, read_adapter
 from qirl.models.adapters import Adapter, add_slots, fill
+from qirl.models.architecture import Transformer
+from qirl.models.folders import find_model, world_facts
 from qirl.models.lora import adapter_off
-from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
-from qirl.models.weights import check_weights, load_config, read_weights
+from qirl.models.weights import check_weights, load_config, new_model, read_weights
 from qirl.parallel.data import Ranks, local, local_part, shard
 
 
@@ -44,7 +44,7 @@ def find_sources(config: DistillConfig) -> dict[str, Source]:
     """
     base = find_model(config.model.path)
     with torch.device("meta"):
-        student = QwenImage21(load_config(base))
+        student = new_model(load_config(base))
     found = {}
     for name, teacher in config.distill.teachers.items():
         option = f"distill.teachers.{name}.path={teacher.path}"
@@ -60,7 +60,7 @@ def find_sources(config: DistillConfig) -> dict[str, Source]:
     return found
 
 
-def _adapter_source(option: str, folder: Path, base: Path, student: QwenImage21) -> Source | None:
+def _adapter_source(option: str, folder: Path, base: Path, student: Transformer) -> Source | None:
     if not is_adapter(folder):
         return None
     adapter = read_adapter(folder)
@@ -77,14 +77,18 @@ def _model_at(path: str) -> Path | None:
         return None
 
 
-def _model_source(option: str, path: str, student: QwenImage21) -> Source:
+def _model_source(option: str, path: str, student: Transformer) -> Source:
     folder = _model_at(path)
     if folder is None:
         raise UserError(
             f"{option} holds no model (no config.json, no model/ of a finished run, no adapter); check the path"
         )
     own = load_config(folder)
-    for field in dataclasses.fields(QwenImage21Config):
+    if type(own) is not type(student.config):
+        raise UserError(
+            f"{option} is of another class of transformers than the student; a teacher has its architecture"
+        )
+    for field in dataclasses.fields(own):
         mine, students = getattr(own, field.name), getattr(student.config, field.name)
         if mine != students:
             raise UserError(
@@ -173,7 +177,7 @@ class Teachers:
 class Base:
     """The frozen base that `distill.anchor` pulls to: adapted modules with the adapter off, or a module of its own."""
 
-    def __init__(self, model: QwenImage21, adapted: bool):
+    def __init__(self, model: Transformer, adapted: bool):
         self.model, self.adapted = model, adapted
 
     def __call__(self, *inputs):
@@ -181,7 +185,7 @@ class Base:
             return self.model(*inputs)
 
 
-def find_base(config: DistillConfig, student: QwenImage21, teachers: Teachers, folder: Path, ranks: Ranks) -> Base:
+def find_base(config: DistillConfig, student: Transformer, teachers: Teachers, folder: Path, ranks: Ranks) -> Base:
     """The base of a run, in modules that are there anyway where possible."""
     if config.model.lora.rank:
         return Base(student, adapted=True)
@@ -191,16 +195,16 @@ def find_base(config: DistillConfig, student: QwenImage21, teachers: Teachers, f
     return Base(own.model, adapted=False)
 
 
-def meta_teacher(base: str | Path, adapters: Sequence[Adapter]) -> QwenImage21:
+def meta_teacher(base: str | Path, adapters: Sequence[Adapter]) -> Transformer:
     """A module of the base's architecture on the meta device, with places for adapters."""
     with torch.device("meta"):
-        model = QwenImage21(load_config(find_model(str(base))))
+        model = new_model(load_config(find_model(str(base))))
         if adapters:
             add_slots(model, adapters)
     return model
 
 
-def frozen_model(base: Path, adapters: Sequence[Adapter], dtype: torch.dtype, ranks: Ranks) -> QwenImage21:
+def frozen_model(base: Path, adapters: Sequence[Adapter], dtype: torch.dtype, ranks: Ranks) -> Transformer:
     """The same on the rank's device, without values, sharded over several ranks."""
     model = meta_teacher(base, adapters)
     model = model.to(dtype).to_empty(device=ranks.device).requires_grad_(False)

@@ -15,19 +15,20 @@ import torch
 from qirl.config import DistillConfig
 from qirl.config_sections import Timesteps
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import World, make_world
 from qirl.distill import samples
 from qirl.distill.schedule import teacher_of, turn_of
 from qirl.distill.sweep import STATS, Guide, Lesson, cut_samples, sweep
 from qirl.distill.teachers import Base, Teachers, find_base, find_sources
-from qirl.engine import Engine, find_model, world_facts
+from qirl.engine import Engine
 from qirl.errors import UserError
 from qirl.families import Family, largest_target, targets_of
 from qirl.flow.rollout import DTYPES, grids
 from qirl.kernels.philox import stream
+from qirl.models.folders import find_model, world_facts
 from qirl.parallel.data import Ranks, agree, world_size
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.trainer import check_noise_counters
+from qirl.world import World, make_world
 
 
 @dataclass
@@ -78,7 +79,7 @@ def prompts_by_task(config: DistillConfig, world: World) -> dict[str, PromptSamp
 def open_distiller(config: DistillConfig) -> Distiller:
     """Everything that can be refused is refused here, before weights are loaded and before the run folder is touched."""
     options, ranks = config.distill, world_size()
-    world = make_world(config.world)
+    world = make_world(config.world, config.model)
     prompts = prompts_by_task(config, world)
     if options.prompts < ranks:
         raise UserError(f"distill.prompts={options.prompts} is smaller than the {ranks} ranks; use {ranks} or more")

@@ -22,14 +22,14 @@ from qirl.config_sections import Flow
 from qirl.config_sections import World as WorldOptions
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import make_world
-from qirl.engine import DTYPES, find_model, model_config, world_facts
+from qirl.engine import DTYPES, model_config
 from qirl.errors import UserError
 from qirl.evaluation.measure import measure
 from qirl.families import Family, images_of, largest_target, targets_of
 from qirl.flow.rollout import not_finite, rollout
 from qirl.kernels.philox import stream
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.architecture import Transformer
+from qirl.models.folders import find_model, world_facts
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import load_model
 from qirl.packing import cut
@@ -39,6 +39,7 @@ from qirl.rewards.registry import identity, rewards_of
 from qirl.run.cache import content_key
 from qirl.run.folder import check_writable, write_json
 from qirl.run.progress import Live
+from qirl.world import make_world
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Exam:
 
     @classmethod
     def of(cls, config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> Exam:
-        world, options = make_world(config.world), config.evaluation
+        world, options = make_world(config.world, config.model), config.evaluation
         chosen = balanced(world.data.prompts("held_out", config.world.prompts), options.prompts, options.seed)
         return cls(world.family, chosen, rewards_of(config, world.data, rewards), held_out_judge())
 
@@ -75,7 +76,7 @@ def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool
 
 def check(config: EvaluateConfig) -> None:
     """Raises the UserErrors of an evaluation before anything slow begins."""
-    world, options = make_world(config.world), config.evaluation
+    world, options = make_world(config.world, config.model), config.evaluation
     prompts = world.data.prompts("held_out", config.world.prompts)
     need = largest_target(world.family, prompts) * (2 if any(g != 1 for g in options.guidance) else 1)
     if options.batch_tokens < need:
@@ -164,7 +165,7 @@ def check_model(config: EvaluateConfig, family: Family, guidance: Sequence[float
     return folder
 
 
-def open_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]) -> QwenImage21:
+def open_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]) -> Transformer:
     """The model of config.model.path, after the checks."""
     folder = check_model(config, family, guidance)
     if config.run.threads:
@@ -187,7 +188,7 @@ def balanced(prompts: Sequence[Prompt], count: int, seed: int) -> list[tuple[Pro
 
 
 def draw(
-    model: QwenImage21,
+    model: Transformer,
     family: Family,
     prompts: Sequence[tuple[Prompt, int]],
     group: int,
@@ -233,7 +234,7 @@ def sample(
     folder = find_model(model)
     width = text_dim or world_facts(folder).get("text_dim", WorldOptions().text_dim)
     config = EvaluateConfig(world=WorldOptions(text_dim=width), model={"path": model})
-    family = make_world(config.world).family
+    family = make_world(config.world, config.model).family
     listed = [(Prompt(i, text), 0) for i, text in enumerate(prompts)]
     for prompt, _ in listed:
         family.check(prompt)

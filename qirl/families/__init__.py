@@ -1,6 +1,6 @@
 """A family: how text and images become what one kind of transformer takes, and its latents images again.
 
-Nothing outside this folder knows a family's name: `qirl.data.world.make_world` takes the one of the run's data or model.
+Nothing outside this folder knows a family's name: `qirl.world.make_world` takes the one of the run's data or model.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ class Family(Protocol):
 
     def fits(self, config) -> None:
         """Raises UserError for a transformer that takes other channels or texts than the family gives."""
+
+    def suits(self, flow) -> None:
+        """Raises UserError for a time grid that the family's models were not trained with."""
+
+    def prepare(self, prompts: Sequence[Prompt], negatives: bool) -> None:
+        """Makes the conditions of prompts, and with `negatives` of their twins, before a transformer needs the memory."""
 
     def facts(self) -> dict[str, Any]:
         """What a model folder must say for the family to be found again."""

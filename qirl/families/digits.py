@@ -81,5 +81,11 @@ class Digits:
                 "another model"
             )
 
+    def suits(self, flow) -> None:
+        """Any grid: models of digits are trained from nothing."""
+
+    def prepare(self, prompts: Sequence[Prompt], negatives: bool) -> None:
+        """Nothing to do: words are looked up."""
+
     def facts(self) -> dict[str, Any]:
         return {"world": self.name, "text_dim": self.text_dim}

@@ -17,7 +17,7 @@ from qirl.errors import UserError
 from qirl.flow.grid import sigmas
 from qirl.kernels.flow_step import MODES, ODE, Noise, Step, flow_step
 from qirl.kernels.philox import INITIAL, Stream, normal
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.architecture import Transformer
 from qirl.packing import Condition, Target, pack, send
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -103,7 +103,7 @@ def mode_table(nodes: Sequence[Sequence[int]], flow: Flow) -> torch.Tensor:
 
 @torch.no_grad()
 def rollout(
-    model: QwenImage21,
+    model: Transformer,
     conditions: Sequence[Condition],
     targets: Sequence[Target],
     stream: Stream,
@@ -135,8 +135,7 @@ def rollout(
     random = (modes != ODE).any(1).tolist()
     modes = send(modes, device)
     keepers = _Keepers(nodes, lengths, flow, device)
-    channels = model.config.out_channels or model.config.in_channels
-    x = normal(stream, row, token, channels, 0, INITIAL)
+    x = normal(stream, row, token, model.config.latent_channels, 0, INITIAL)
     if model.dtype == torch.float64:
         x = x.double()
 

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
 
 from qirl.errors import UserError, nearest
+from qirl.packing import Pack
 
 Config = TypeVar("Config")
+KeysValues = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Transformer(Protocol):
+    """What sampling and training ask of a transformer, whichever packs it takes."""
+
+    config: Any  # with in_channels, latent_channels (of the velocity), num_layers and width
+    transformer_blocks: nn.ModuleList
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(
+        self, pack: Pack | None, latents: torch.Tensor | None = None, t: torch.Tensor | None = None, past=None
+    ) -> torch.Tensor | KeysValues | None:
+        """Velocity [target_tokens, latent_channels] of a pack's targets at t [targets].
+
+        Without latents: what `past` is for packs without their prefix, None where nothing is shared.
+        """
 
 
 def from_diffusers(cls: type[Config], values: dict) -> Config:

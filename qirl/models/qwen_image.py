@@ -23,7 +23,7 @@ from qirl.models.architecture import check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
 from qirl.models.qwen_image_21 import MakeLinear, Weight, model_time
 from qirl.models.rope import Rope
-from qirl.packing_joint import JointPack
+from qirl.packing import JointPack
 
 EPS = 1e-6
 
@@ -163,11 +163,20 @@ class QwenImage(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.img_in.weight.dtype
 
-    def forward(self, pack: JointPack, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        pack: JointPack | None,
+        latents: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        past: None = None,
+    ) -> torch.Tensor | None:
         """Velocity [target_tokens, patch_size^2 * out_channels] of the targets, in the model's dtype.
 
-        latents [target_tokens, in_channels], t float [targets] in [0, 1] (rounded as `model_time` says).
+        latents [target_tokens, in_channels], t float [targets] in [0, 1] (rounded as `model_time` says). Without a pack there
+        is nothing to prefill: None.
         """
+        if pack is None:
+            return None
         if t.shape != (len(pack.lengths),):
             raise UserError(
                 f"t has shape {tuple(t.shape)}, the pack holds {len(pack.lengths)} targets; give one t per target"
@@ -181,7 +190,7 @@ class QwenImage(nn.Module):
         for index, block in enumerate(self.transformer_blocks):
             image, text = block(image, text, temb, rope, rows, pack, index == self.config.num_layers - 1)
         scale, shift = self.norm_out.linear(F.silu(temb)).chunk(2, dim=-1)
-        return self.proj_out(norm_modulate(image[: pack.target_tokens], scale, pack.target_row, EPS, shift))
+        return self.proj_out(norm_modulate(image[: pack.target_tokens], scale, pack.image_row, EPS, shift))
 
     def _text_norm(self, x: torch.Tensor) -> torch.Tensor:
         exact = x.double() if x.dtype == torch.float64 else x.float()
@@ -189,7 +198,7 @@ class QwenImage(nn.Module):
 
     def _rows(self, pack: JointPack) -> tuple[torch.Tensor, torch.Tensor]:
         reference = pack.reference_row * (not self.config.zero_cond_t)  # row 0 is t = 0
-        return torch.cat([pack.target_row, reference]), pack.text_row
+        return torch.cat([pack.image_row, reference]), pack.text_row
 
     def _rotary(self, pack: JointPack) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin in the order of the streams."""

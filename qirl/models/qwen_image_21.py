@@ -62,6 +62,11 @@ class QwenImage21Config:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the velocity."""
+        return self.out_channels or self.in_channels
+
     @classmethod
     def from_dict(cls, values: dict) -> QwenImage21Config:
         """From a diffusers config.json. Raises UserError for a field that is not supported, by name."""
@@ -188,7 +193,7 @@ class QwenImage21(nn.Module):
     def __init__(self, config: QwenImage21Config, make_linear: MakeLinear = plain_linear):
         super().__init__()
         self.config = config
-        width, channels = config.width, config.out_channels or config.in_channels
+        width, channels = config.width, config.latent_channels
         self.rope = Rope(config.axes_dims_rope)
         self.time_text_embed = TimeEmbedding(width)
         self.txt_in = TextProjection(config, plain_linear)

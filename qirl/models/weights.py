@@ -14,14 +14,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qirl.errors import UserError
-from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config, plain_linear
+from qirl.models.architecture import Transformer
+from qirl.models.qwen_image import QwenImage, QwenImageConfig
+from qirl.models.qwen_image_21 import MakeLinear, QwenImage21, QwenImage21Config
 from qirl.models.weight_files import NAME, entry_file, is_index, saved_files, weight_files
 
-CLASS, CONFIG = "QwenImage21Transformer2DModel", "config.json"
+CONFIG = "config.json"
+# the transformers that can be trained, by the classes that diffusers saves
+CLASSES = {
+    "QwenImage21Transformer2DModel": (QwenImage21Config, QwenImage21),
+    "QwenImageTransformer2DModel": (QwenImageConfig, QwenImage),
+}
+Config = QwenImage21Config | QwenImageConfig
 
 
-def load_config(folder: str | Path) -> QwenImage21Config:
-    """The model config of a folder. Raises UserError if it is missing, unreadable or of another class."""
+def new_model(config: Config, make_linear: MakeLinear | None = None) -> Transformer:
+    """A transformer of this config with weights as torch draws them; make_linear(inputs, outputs): of its blocks."""
+    own = next(model for kind, model in CLASSES.values() if isinstance(config, kind))
+    return own(config, make_linear) if make_linear else own(config)
+
+
+def load_config(folder: str | Path) -> Config:
+    """The model config of a folder, one of 2.1 where it names no class. Raises UserError if it is missing, unreadable or of another class."""
     path = Path(folder) / CONFIG
     try:
         values = json.loads(path.read_text())
@@ -31,10 +45,11 @@ def load_config(folder: str | Path) -> QwenImage21Config:
         raise UserError(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__} and no model config; copy it again")
-    if values.get("_class_name", CLASS) != CLASS:
-        raise UserError(f"{path} describes a {values['_class_name']}; qirl trains {CLASS}")
+    name = values.get("_class_name", next(iter(CLASSES)))
+    if name not in CLASSES:
+        raise UserError(f"{path} describes a {name}; qirl trains {' and '.join(CLASSES)}")
     try:
-        return QwenImage21Config.from_dict(values)
+        return CLASSES[name][0].from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -43,15 +58,15 @@ def load_model(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
     device="cpu",
-    make_linear=plain_linear,
+    make_linear: MakeLinear | None = None,
     variant: str | None = None,
-) -> QwenImage21:
+) -> Transformer:
     """A model with the weights of a diffusers folder. variant: see `weight_files`.
 
     Raises UserError for missing, truncated or misfit files and for weights that are not finite.
     """
     with torch.device("meta"):
-        model = QwenImage21(load_config(folder), make_linear)
+        model = new_model(load_config(folder), make_linear)
     check_weights(model, folder, variant)
     model = model.to(dtype).to_empty(device=device)
     wanted = model.state_dict()
@@ -118,9 +133,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
 
 
-def save_model(
-    config: QwenImage21Config, state: dict[str, torch.Tensor], folder: str | Path, max_shard: str = "5GB"
-) -> None:
+def save_model(config: Config, state: dict[str, torch.Tensor], folder: str | Path, max_shard: str = "5GB") -> None:
     """Writes a folder that diffusers' `from_pretrained` and `load_model` read unchanged, in place of a model there.
 
     Everything is written beside the old model first. Then config.json goes, the old weights and indices go, the new
@@ -146,11 +159,12 @@ def save_model(
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_files(config: QwenImage21Config, state: dict[str, torch.Tensor], folder: Path, max_shard: str) -> None:
+def _write_files(config: Config, state: dict[str, torch.Tensor], folder: Path, max_shard: str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    name = next(name for name, (kind, _) in CLASSES.items() if isinstance(config, kind))
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    (folder / CONFIG).write_text(json.dumps({"_class_name": CLASS, **fields}, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"_class_name": name, **fields}, indent=2) + "\n")
     split = split_torch_state_dict_into_shards(
         state, filename_pattern=NAME + "{suffix}.safetensors", max_shard_size=max_shard
     )
@@ -171,7 +185,7 @@ def copy_model(source: str | Path, target: str | Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; name a new folder")
     with torch.device("meta"):
-        check_weights(QwenImage21(load_config(source)), source)
+        check_weights(new_model(load_config(source)), source)
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from qirl.flow.rollout import with_negatives
-from qirl.models.qwen_image_21 import KeysValues, QwenImage21
-from qirl.packing import Condition, PackedBatch, Target, cut, pack
+from qirl.models.architecture import KeysValues, Transformer
+from qirl.packing import Condition, Pack, Target, cut, pack
 
 BUDGET = "policy.micro_tokens"
 
@@ -50,7 +50,7 @@ class Layout:
     seam: bool
     negatives: Sequence[Condition] = ()
 
-    def body(self, members: Sequence[int], device) -> PackedBatch:
+    def body(self, members: Sequence[int], device) -> Pack:
         """The pack of these pairs (and their twins): with the prefixes of its prompts, or without any under the seam."""
         pairs = [self.pairs[i] for i in members]
         used = range(len(self.conditions)) if self.seam else sorted({p.prompt for p in pairs})
@@ -58,11 +58,11 @@ class Layout:
         targets = [Target(place[p.prompt], p.height, p.width) for p in pairs]
         return self._pack(used, targets, prefix=not self.seam, device=device)
 
-    def prefix(self, device) -> PackedBatch:
+    def prefix(self, device) -> Pack | None:
         """The prefixes of all prompts (and their twins), without targets."""
         return self._pack(range(len(self.conditions)), [], prefix=True, device=device)
 
-    def _pack(self, used: Sequence[int], targets: list[Target], prefix: bool, device) -> PackedBatch:
+    def _pack(self, used: Sequence[int], targets: list[Target], prefix: bool, device) -> Pack | None:
         conditions, twins = [self.conditions[i] for i in used], []
         if self.negatives:
             conditions, twins = with_negatives(conditions, targets, [self.negatives[i] for i in used])
@@ -86,13 +86,12 @@ def lay_out(
     by_prompt: list[list[int]] = [[] for _ in conditions]
     for index, pair in enumerate(pairs):
         by_prompt[pair.prompt].append(index)
-    sizes = [[pairs[i].tokens * twice for i in own] for own in by_prompt]
+    both = [[c, *negatives[i : i + 1]] for i, c in enumerate(conditions)]
+    carried, prefixes = ([sum(getattr(c, n) for c in own) for own in both] for n in ("carried_tokens", "prefix_tokens"))
+    sizes = [[pairs[i].tokens * twice + carried[p] for i in own] for p, own in enumerate(by_prompt)]
     runs = [cut(own, budget, BUDGET) for own in sizes]  # the packs of the seam; also checks every pair
-    prefixes = [c.tokens for c in conditions]
-    if negatives:
-        prefixes = [n + c.tokens for n, c in zip(prefixes, negatives, strict=True)]
     costs = [prefix + sum(own) for prefix, own in zip(prefixes, sizes, strict=True)]
-    seam, _ = agree(max(costs, default=0) > budget, 0)
+    seam, _ = agree(any(prefixes) and max(costs, default=0) > budget, 0)
 
     def layout(conditions, pairs, packs, negatives) -> Layout:
         _, count = agree(seam, len(packs))
@@ -103,14 +102,17 @@ def lay_out(
             layout([conditions[i]], [replace(pairs[k], prompt=0) for k in own], runs[i], negatives[i : i + 1])
             for i, own in enumerate(by_prompt)
         ]
-    packs = [[k for i in run for k in by_prompt[i]] for run in cut(costs, budget, BUDGET)]
+    if any(prefixes):
+        packs = [[k for i in run for k in by_prompt[i]] for run in cut(costs, budget, BUDGET)]
+    else:  # nothing is shared: any pairs make a pack
+        packs = cut([size for own in sizes for size in own], budget, BUDGET)
     return [layout(conditions, pairs, packs, negatives)]
 
 
 class Prefix:
     """The prefix of one optimizer step: nothing when packs carry their own, else its keys and values as leaves."""
 
-    def __init__(self, model: QwenImage21, layout: Layout, device):
+    def __init__(self, model: Transformer, layout: Layout, device):
         self.kept: KeysValues | None = model(layout.prefix(device)) if layout.seam else None
         self.leaves: KeysValues | None = None
         if self.kept is not None:

@@ -16,12 +16,12 @@ from qirl.config import TrainConfig
 from qirl.curation.calibration import Calibration, check_fit, load_calibration
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.data.world import make_world
-from qirl.engine import Engine, find_model, world_facts
+from qirl.engine import Engine
 from qirl.errors import UserError
 from qirl.families import Family, largest_target, targets_of
 from qirl.flow.rollout import grids, without_failed
 from qirl.kernels.philox import stream
+from qirl.models.folders import find_model, world_facts
 from qirl.parallel.data import agree, gather_rows, world_size
 from qirl.policy import monitor
 from qirl.policy.advantages import (
@@ -41,6 +41,7 @@ from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make
 from qirl.rewards.protocol import Reward
 from qirl.rewards.registry import rewards_of
 from qirl.rewards.scorer import Scorer
+from qirl.world import make_world
 
 # per optimizer step, its layouts and their batches
 Parts = list[list[tuple[Layout, list[Batch]]]]
@@ -98,7 +99,7 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
 
 def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     """Everything that can be refused is refused here, before the first step and before the run folder is touched."""
-    world = make_world(config.world)
+    world = make_world(config.world, config.model)
     family, prompts = world.family, world.data.prompts("train", config.world.prompts)
     guided = world_facts(find_model(config.model.path)).get("unconditional", True)
     if config.flow.guidance != 1 and not guided:

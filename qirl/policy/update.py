@@ -12,7 +12,7 @@ from qirl.flow.rollout import Kept
 from qirl.kernels import policy_loss
 from qirl.kernels.flow_step import MODES, Noise, Step, flow_step, guide, log_prob, mean_std
 from qirl.kernels.philox import LOSS, Stream, normal
-from qirl.models.qwen_image_21 import QwenImage21
+from qirl.models.architecture import Transformer
 from qirl.packing import Condition, PackedBatch, Target, send
 from qirl.policy.packs import Layout, Pair, Prefix
 
@@ -113,13 +113,13 @@ def make_batch(exp: Experience, layout: Layout, members: Sequence[int], config: 
 
 
 @torch.no_grad()
-def velocities(model: QwenImage21, layout: Layout, batches: Sequence[Batch], config: TrainConfig) -> list[torch.Tensor]:
+def velocities(model: Transformer, layout: Layout, batches: Sequence[Batch], config: TrainConfig) -> list[torch.Tensor]:
     """The objective's velocity of every batch, over the same packs as the update."""
     prefix = Prefix(model, layout, batches[0].x.device)
     return [velocity(model, b, prefix, config) for b in batches]
 
 
-def velocity(model: QwenImage21, batch: Batch, prefix: Prefix, config: TrainConfig) -> torch.Tensor:
+def velocity(model: Transformer, batch: Batch, prefix: Prefix, config: TrainConfig) -> torch.Tensor:
     """What the objective compares, [N, C]: the conditional velocity, or the guided one where guidance is in scope."""
     if not batch.guided:
         return model(batch.body, batch.x, batch.t, prefix.leaves)
@@ -159,7 +159,7 @@ def loss_and_stats(v: torch.Tensor, batch: Batch, config: TrainConfig) -> tuple[
     return (total * batch.weight.to(total.dtype)).sum(), stats
 
 
-def accumulate(model: QwenImage21, layout: Layout, batches: Sequence[Batch], config: TrainConfig) -> torch.Tensor:
+def accumulate(model: Transformer, layout: Layout, batches: Sequence[Batch], config: TrainConfig) -> torch.Tensor:
     """Adds the gradients of all packs; returns the per-pair stats of the live ones, [pairs, 5]."""
     prefix = Prefix(model, layout, batches[0].x.device)
     stats = []

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qirl.errors import UserError
-from qirl.packing import Condition, Span, Target, append_span, image_positions, send
+from qirl.packing.blocks import Condition, Span, Target, append_span, image_positions, send
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class JointPack:
 
     text [T, D] and references [F, C] are repeated for every target of a prompt. order int64 [N]: the token of the streams
     (text, targets, references) at each place of the token axis, back its inverse. position int64 [N, 3] along the
-    axis. text_row, target_row, reference_row int64: the target of each token of a stream, plus one.
+    axis. text_row, image_row, reference_row int64: the target of each token of a stream, plus one.
+
+    It has what all packs have: target_tokens, lengths, target_row, token_in_target, prefix_tokens, tokens, without_prefix.
     """
 
     text: torch.Tensor
@@ -35,15 +37,39 @@ class JointPack:
     back: torch.Tensor
     position: torch.Tensor
     text_row: torch.Tensor
-    target_row: torch.Tensor
+    image_row: torch.Tensor
     reference_row: torch.Tensor
     lengths: tuple[int, ...]
     own: tuple[Span, ...]
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # rotary tables, made by the model once
 
+    prefix_tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.order)
+
     @property
     def target_tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def target_row(self) -> torch.Tensor:
+        """int64 [target_tokens]: the target of each target token."""
+        if "target" not in self.memo:
+            self.memo["target"] = self.image_row - 1
+        return self.memo["target"]
+
+    @property
+    def token_in_target(self) -> torch.Tensor:
+        """int64 [target_tokens]: the index of each token inside its own target."""
+        if "token" not in self.memo:
+            self.memo["token"] = send(torch.cat([torch.arange(n) for n in self.lengths]), self.order.device)
+        return self.memo["token"]
+
+    def without_prefix(self) -> JointPack:
+        """The same: there is none."""
+        return self
 
 
 def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], device="cpu") -> JointPack:
@@ -77,7 +103,7 @@ def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], devic
         (n, t.tokens, sum(h * w for h, w in images[1:])) for n, t, images in zip(texts, targets, sizes, strict=True)
     ]
     number = torch.arange(1, len(targets) + 1)
-    text_row, target_row, reference_row = (
+    text_row, image_row, reference_row = (
         send(number.repeat_interleave(torch.tensor(each)), device) for each in zip(*rows, strict=True)
     )
     references = [r for c in own_of for r in c.references]
@@ -88,7 +114,7 @@ def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], devic
         back=send(torch.argsort(order), device),
         position=send(torch.cat(position), device),
         text_row=text_row,
-        target_row=target_row,
+        image_row=image_row,
         reference_row=reference_row,
         lengths=tuple(t.tokens for t in targets),
         own=tuple(own),

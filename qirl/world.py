@@ -1,0 +1,25 @@
+"""A world: the family of a run's transformer, and the data that it is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qirl.config_sections import Model
+from qirl.config_sections import World as Options
+from qirl.data.digit_set import DigitSet
+from qirl.data.prompt_file import PromptFile
+from qirl.families import Family
+from qirl.families.registry import family_of
+
+
+@dataclass(frozen=True)
+class World:
+    family: Family
+    data: DigitSet | PromptFile
+
+
+def make_world(options: Options, model: Model | None = None) -> World:
+    """The world of a config's sections. Raises UserError for a model of no known family."""
+    family = family_of(options, model)
+    kind = DigitSet if options.name == "digits" else PromptFile
+    return World(family, kind(options.task, family.check))

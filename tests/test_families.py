@@ -1,0 +1,164 @@
+"""Families of real models against diffusers' own pipelines, on complete pipelines of random weights: the same noise gives
+the same latents and the same images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import pipeline, save_pipeline
+
+from qirl.config_sections import Flow, Model, World
+from qirl.data.prompts import Prompt
+from qirl.errors import UserError
+from qirl.families import images_of, targets_of
+from qirl.families.registry import family_of
+from qirl.flow.rollout import rollout
+from qirl.kernels.philox import INITIAL, normal, stream
+from qirl.models.folders import find_model
+from qirl.models.weights import load_model
+
+T21, T1, EDIT, PLUS = (f"QwenImage{part}Pipeline" for part in ("21", "", "Edit", "EditPlus"))
+LATENTS = 1e-4  # largest difference after all steps, float32
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """References of Edit-Plus become latents at 1024 x 1024 pixels; here at 96 x 96."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(plus, "VAE_IMAGE_SIZE", 96 * 96)
+    patch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = save_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QIRL_CACHE", str(tmp_path / "cache"))
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def opened(folder, resolution=64):
+    return family_of(World(name="prompts", resolution=resolution), Model(path=str(folder)))
+
+
+def drawn(folder, prompt, guidance, rescale=False, resolution=64):
+    """(our latents, our image, the noise they began with)."""
+    family, model = opened(folder, resolution), load_model(find_model(str(folder)))
+    family.check(prompt)
+    family.prepare([prompt], guidance != 1)
+    (target,), draws = targets_of(family, [prompt]), stream(3, [prompt.id], [0], 0)
+    flow = Flow(steps=STEPS, guidance=guidance, rescale=rescale)
+    family.suits(flow)
+    family.fits(model.config)
+    out = rollout(model, [family.condition(prompt)], [target], draws, flow, negatives=[family.negative(prompt)])
+    zeros, tokens = torch.zeros(target.tokens, dtype=torch.int64), torch.arange(target.tokens)
+    noise = normal(draws, zeros, tokens, family.channels, 0, INITIAL)
+    return out.latents()[0], images_of(family, out.latents(), [target])[0], noise
+
+
+CASES = {
+    "2.1, square": (T21, Prompt(0, "a red 7")),
+    "2.1, odd size": (T21, Prompt(1, "a 3 beside a green 4, drawn in ink", height=70, width=130)),
+    "2.1, one source": (T21, Prompt(2, "make it yellow", sources=(picture(50, 90),))),
+    "2.1, three sources": (T21, Prompt(3, "put all on one table", sources=(picture(40, 40), picture(90, 30), picture(33, 64, 1)))),
+    "1.x, square": (T1, Prompt(4, "a red 7")),
+    "1.x, odd size": (T1, Prompt(5, "a 3 beside a green 4", height=50, width=120)),
+    "Edit": (EDIT, Prompt(6, "make it yellow", sources=(picture(50, 90),), height=64, width=80)),
+    "Edit-Plus, one source": (PLUS, Prompt(7, "make it yellow", sources=(picture(50, 90),))),
+    "Edit-Plus, three sources": (PLUS, Prompt(8, "all on one table", sources=(picture(40, 40), picture(90, 30), picture(33, 64, 1)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_noise_gives_the_image_of_diffusers_pipeline(folders, case, guidance):
+    kind, prompt = CASES[case]
+    folder, pipe = folders(kind), pipeline(folders(kind), kind)
+    latents, image, noise = drawn(folder, prompt, guidance, rescale=kind != T21)
+    height, width = (side * 16 for side in opened(folder).size(prompt))
+    given = dict(prompt=prompt.text, num_inference_steps=STEPS, latents=noise[None], true_cfg_scale=guidance)
+    if prompt.sources:
+        own = [Image.fromarray(s) for s in prompt.sources]
+        given["image"] = own[0] if kind == EDIT else own
+    if kind == T21:
+        given["output_resolution"] = 64
+    if not (kind == T21 and prompt.sources):
+        given |= {"height": height, "width": width}
+    if guidance != 1:
+        given["negative_prompt"] = " "
+    theirs = pipe(**given, output_type="latent").images
+    assert float((latents - theirs[0]).abs().max()) <= LATENTS
+    shown = pipe(**given, output_type="pil").images[0]
+    if shown.mode == "RGBA":
+        white = Image.new("RGB", shown.size, (255, 255, 255))
+        white.paste(shown, mask=shown.getchannel("A"))
+        shown = white
+    difference = np.abs(image.astype(int) - np.asarray(shown).astype(int))
+    assert image.shape == (height, width, 3) and difference.max() <= 1 and image.std() > 1
+
+
+def test_conditions_are_made_once_and_read_from_disk_afterwards(folders, monkeypatch):
+    family, prompt = opened(folders(T21)), CASES["2.1, one source"][1]
+    first = family.condition(prompt)
+    again = opened(folders(T21))
+    monkeypatch.setattr(type(again), "encode_condition", None)  # would fail
+    second = again.condition(prompt)
+    assert torch.equal(first.text, second.text) and first.layout == second.layout
+    assert torch.equal(first.references[0], second.references[0])
+    assert again.condition(prompt) is second
+    family.release()
+    assert family.pipe().text_encoder is None
+
+
+@pytest.mark.parametrize(
+    "kind, prompt, message",
+    [
+        (T1, Prompt(0, "x", sources=(picture(40, 40),)), "has 1 source images, .* takes 0"),
+        (EDIT, Prompt(0, "x"), "has 0 source images, .* takes 1"),
+        (PLUS, Prompt(0, "x", sources=(picture(40, 40),) * 11), "has 11 source images, .* takes 1 to 10"),
+        (T21, Prompt(0, "x", sources=(picture(4, 900),)), "source 1 of 'x' has 900 x 4 pixels, which is too thin"),
+        (T21, Prompt(0, "x", height=20, width=64), "height=20 of 'x' is below one token of 16 pixels"),
+    ],
+)
+def test_prompts_that_a_pipeline_cannot_take_are_refused(folders, kind, prompt, message):
+    with pytest.raises(UserError, match=message):
+        opened(folders(kind)).check(prompt)
+
+
+def test_what_does_not_belong_to_a_pipeline_is_refused(folders, tmp_path, tiny_model):
+    own = opened(folders(T21))
+    with pytest.raises(
+        UserError, match="flow.max_shift=1.15, the scheduler .* has max_shift=0.9.*set flow.max_shift=0.9"
+    ):
+        own.suits(Flow(max_shift=1.15))
+    with pytest.raises(UserError, match="takes 16 channels and text of width .* gives 4 and 48"):
+        own.fits(load_model(tiny_model).config)
+    with pytest.raises(UserError, match="holds a transformer without the encoders"):
+        opened(find_model(str(folders(T21))))
+    with pytest.raises(UserError, match="world.name=prompts needs model.path"):
+        family_of(World(name="prompts"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="is a FluxPipeline; qirl trains QwenImage21Pipeline"):
+        opened(tmp_path / "other")
+    (tmp_path / "other/model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
+    with pytest.raises(UserError, match="vae/config.json does not exist; copy the pipeline whole"):
+        opened(tmp_path / "other")
