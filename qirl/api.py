@@ -78,7 +78,7 @@ def calibrate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = Fals
 
 def distill(config: Source, quiet: bool = False, **overrides: Any) -> Path:
     """Teaches one student from the config's teachers; returns its model folder. See `qirl distill`."""
-    from qirl.distill.trainer import distill as run
+    from qirl.distillation.trainer import distill as run
 
     return run(load_config("distill", config, **overrides), quiet).folder.path / "model"
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from qirl import __version__, cli_reward
-from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, first, leave_group, load_config, say, told
+from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, ended, first, load_config, say, told
 from qirl.errors import UserError
 
 app = typer.Typer(
@@ -29,7 +29,8 @@ app.add_typer(cli_reward.app)
 
 def main() -> None:
     """The entry point of `qirl` and `python -m qirl`."""
-    app(prog_name="qirl")
+    with ended():
+        app(prog_name="qirl")
 
 
 def _version(asked: bool) -> None:
@@ -117,7 +118,6 @@ def _run(kind: str, name: str, overrides: list[str] | None, dry_run: bool, out: 
             _say_probe(kind, result, config)
         elif kind != "evaluate":
             say(f"model: {result}\nnext:  qirl report {config.run.out}")
-        leave_group()
 
 
 def _say_probe(kind: str, result: Path, config) -> None:

@@ -63,7 +63,7 @@ def told(resumes: bool = False) -> Iterator[None]:
         yield
     except UserError as error:
         say(f"qirl: {' '.join(str(error).split())}", file=sys.stderr)
-        if not first() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not first() and world() > 1:
             time.sleep(PATIENCE)  # torchrun ends all ranks with the first that ends: rank 0 has the word
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -72,9 +72,29 @@ def told(resumes: bool = False) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def leave_group() -> None:
-    """Ends the process group of torchrun's ranks, which warns where nobody does."""
-    import torch.distributed as dist
+@contextlib.contextmanager
+def ended() -> Iterator[None]:
+    """One of torchrun's ranks ends here, with the exit code that the command has, and not with its interpreter.
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    Threads of gloo that outlive the interpreter end it by a signal now and then, after everything is done.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as exit:
+        if world() == 1:
+            raise
+        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    if world() > 1:
+        if code == 0 and "torch" in sys.modules:
+            from qirl.parallel.data import leave_group
+
+            leave_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def world() -> int:
+    """The number of ranks that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))

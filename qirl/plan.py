@@ -26,7 +26,7 @@ from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, t
 from qirl.curation.probe import batches, candidates
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.distill.costs import distillation
+from qirl.distillation.costs import distillation
 from qirl.engine import DTYPES, model_config
 from qirl.families import Family, targets_of
 from qirl.flow.rollout import with_negatives
@@ -124,7 +124,9 @@ def _pretrain(config: PretrainConfig, world: World, model: Transformer, ranks: i
     """Texts of training prompts stand for the examples' own; dropped conditions make packs a little smaller."""
     batch = -(-config.pretrain.batch // ranks)
     family = world.family
-    prompts = [p for p, _ in PromptSampler(world.data.prompts("train"), config.run.seed).step(0, batch)]
+    prompts = [
+        p for p, _ in PromptSampler(world.data.prompts("train", config.world.prompts), config.run.seed).step(0, batch)
+    ]
     prompts = sorted(prompts, key=lambda p: family.condition(p).tokens)
     conditions, targets = [family.condition(p) for p in prompts], targets_of(family, prompts)
     costs = [c.tokens + t.tokens for c, t in zip(conditions, targets, strict=True)]

@@ -12,7 +12,7 @@ import time
 import torch
 
 from qirl.config import PretrainConfig
-from qirl.engine import Engine
+from qirl.engine import Engine, model_config
 from qirl.errors import UserError
 from qirl.families import largest_target
 from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
@@ -32,8 +32,10 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
             f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
         )
     world = make_world(config.world, config.model)
-    prompts = world.data.prompts("train")
-    need = largest_target(world.family, prompts) + max(world.family.condition(p).tokens for p in prompts)
+    prompts = world.data.prompts("train", config.world.prompts)
+    model_config(config, world.family)
+    world.family.prepare(prompts, config.pretrain.drop_condition > 0)
+    need = largest_target(world.family, prompts) + max(map(world.family.condition_tokens, prompts))
     if config.pretrain.micro_tokens < need:
         raise UserError(
             f"pretrain.micro_tokens={config.pretrain.micro_tokens} tokens is smaller than one sample of {need} tokens; "

@@ -21,5 +21,5 @@ class World:
 def make_world(options: Options, model: Model | None = None) -> World:
     """The world of a config's sections. Raises UserError for a model of no known family."""
     family = family_of(options, model)
-    kind = DigitSet if options.name == "digits" else PromptFile
-    return World(family, kind(options.task, family.check))
+    own = DigitSet(options.task, family.check) if options.name == "digits" else PromptFile(options.task, family)
+    return World(family, own)

@@ -44,7 +44,7 @@ def config(out, base, teachers: dict, *parts: dict) -> configuration.DistillConf
 
 def observe(given: dict) -> dict:
     """A whole run on however many ranks: gradients of every step, whole, and the final weights."""
-    from qirl.distill import trainer as training
+    from qirl.distillation import trainer as training
 
     seen: dict = {"gradients": [], "packs": []}
     open_distiller, accumulate = training.open_distiller, training.sweep
@@ -81,7 +81,7 @@ def observe(given: dict) -> dict:
 def main(command: str, path: str, *rest: str) -> None:
     given = json.loads(Path(path).read_text())
     if command == "distill":
-        from qirl.distill.trainer import distill
+        from qirl.distillation.trainer import distill
 
         distill(configuration.load("distill", given), quiet=True)
     elif command == "observe":
@@ -93,4 +93,7 @@ def main(command: str, path: str, *rest: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from qirl.cli_common import ended
+
+    with ended():
+        main(*sys.argv[1:])

@@ -17,7 +17,7 @@ from tiny_runs import GUARD, GUIDED, SDE, pretrain_config, save_random_model, tr
 from torch.utils._pytree import tree_leaves
 
 from qirl import engine
-from qirl.distill.trainer import distill
+from qirl.distillation.trainer import distill
 from qirl.kernels.group_advantage import CONVENTIONS, group_advantage
 from qirl.parallel.data import Ranks
 from qirl.policy.trainer import train

@@ -7,9 +7,9 @@ import torch
 from distill_runs import config, save_teacher
 from tiny_runs import CHANNELS
 
-from qirl.distill.schedule import order, teacher_of, turn_of
-from qirl.distill.sweep import Guide, cut_samples, node_weight, sweep
-from qirl.distill.trainer import lesson_of, prompts_by_task
+from qirl.distillation.schedule import order, teacher_of, turn_of
+from qirl.distillation.sweep import Guide, cut_samples, node_weight, sweep
+from qirl.distillation.trainer import lesson_of, prompts_by_task
 from qirl.errors import UserError
 from qirl.flow.rollout import DTYPES, mode_table
 from qirl.kernels.flow_step import MODES, Noise, Step, flow_step, guide, mean_std

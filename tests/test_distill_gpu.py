@@ -7,8 +7,8 @@ import torch
 from distill_runs import config, save_teacher
 from tiny_runs import BFLOAT16
 
-from qirl.distill.teachers import Source, Teachers
-from qirl.distill.trainer import distill
+from qirl.distillation.teachers import Source, Teachers
+from qirl.distillation.trainer import distill
 from qirl.models.weights import load_model, read_weights
 from qirl.parallel.data import Ranks, local
 

@@ -20,9 +20,9 @@ from test_plan import counted
 from tiny_runs import CHANNELS, merge, train_config
 
 from qirl.config import load
-from qirl.distill.schedule import teacher_of
-from qirl.distill.teachers import Source, Teachers, find_sources
-from qirl.distill.trainer import accumulate, distill, lesson_of, open_distiller, shares_of
+from qirl.distillation.schedule import teacher_of
+from qirl.distillation.teachers import Source, Teachers, find_sources
+from qirl.distillation.trainer import accumulate, distill, lesson_of, open_distiller, shares_of
 from qirl.errors import UserError
 from qirl.models.adapter_files import read_adapter
 from qirl.models.weights import load_model

@@ -188,7 +188,7 @@ def test_started_again_it_repeats_nothing_and_changes_nothing(finished, monkeypa
         "policy.trainer.train_step",
     ):
         monkeypatch.setattr(f"qirl.{name}", lambda *a, name=name, **k: pytest.fail(f"{name} again"))
-    monkeypatch.setattr("qirl.distill.trainer.distill_step", lambda *a, **k: pytest.fail("distilled again"))
+    monkeypatch.setattr("qirl.distillation.trainer.distill_step", lambda *a, **k: pytest.fail("distilled again"))
     monkeypatch.setattr(results, "picture", lambda *a, **k: Image.new("RGB", (8, 8)))
     run(out)
     assert kept(out) == before
@@ -202,7 +202,7 @@ def test_deleted_stages_are_made_again_and_no_other(finished, monkeypatch):
     step = training.train_step
     monkeypatch.setattr(training, "train_step", lambda own, n: steps.append(own.config.run.out) or step(own, n))
     monkeypatch.setattr("qirl.curation.probe.draw", lambda *a, **k: pytest.fail("probed again"))
-    monkeypatch.setattr("qirl.distill.trainer.distill_step", lambda *a, **k: pytest.fail("distilled again"))
+    monkeypatch.setattr("qirl.distillation.trainer.distill_step", lambda *a, **k: pytest.fail("distilled again"))
     monkeypatch.setattr("qirl.pretraining.train_step", lambda *a, **k: pytest.fail("pretrained again"))
     shutil.rmtree(out / "edit")
     shutil.rmtree(out / "arena")

@@ -46,9 +46,9 @@ def parts(folder: Path, kind: str) -> dict:
             joint_attention_dim=WIDTH, axes_dims_rope=(8, 12, 12), zero_cond_t=kind == "QwenImageEditPlusPipeline",
         )  # fmt: skip
     with torch.no_grad():
-        for model in (vae, transformer):
+        for model, spread in ((vae, 0.3), (transformer, 0.02)):  # so that images follow their latents
             for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(spread * torch.randn_like(parameter))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     return {"vae": vae.eval(), "transformer": transformer.eval(), "scheduler": scheduler}
 

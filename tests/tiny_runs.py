@@ -250,4 +250,7 @@ def main(command: str, config: str, *rest: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    from qirl.cli_common import ended
+
+    with ended():
+        main(*sys.argv[1:])

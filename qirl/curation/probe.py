@@ -111,6 +111,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
         )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    world.family.prepare(prompts, config.flow.guidance != 1)
     return Probe(config, world.family, prompts, rewards_of(config, world.data, rewards), start())
 
 
@@ -252,8 +253,7 @@ def _samples(probe: Probe, run: range) -> list[Sample]:
     latents = draw(probe, prompts)
     images = images_of(probe.family, latents, targets_of(probe.family, prompts, group))
     for i, (image, bad) in enumerate(zip(images, not_finite(latents), strict=True)):
-        p = prompts[i // group]
-        samples.append(Sample(run[0] * group + i, p.id, p.text, image, p.category, p.sources, failed=bad))
+        samples.append(Sample.of(run[0] * group + i, prompts[i // group], image, failed=bad))
     return samples
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numpy as np
 
 from qirl.data.digit_set import of_task
+from qirl.data.images import read_image
 from qirl.data.prompts import Prompt, load_prompts
 from qirl.errors import UserError
+from qirl.families import Family
 
 
 class PromptFile:
-    """Prompts of a task ("t2i", "edit" or "mixed"). check: refuses a prompt, as `Family.check` does."""
+    """Prompts of a task ("t2i", "edit" or "mixed"), as far as the family takes them."""
 
-    name = "prompts"
+    name, uniforms = "prompts", 1
 
-    def __init__(self, task: str, check: Callable[[Prompt], None]):
-        self.task, self.check = task, check
+    def __init__(self, task: str, family: Family):
+        self.task, self.family = task, family
+        self._examples: list[Prompt] = []
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
         """The file's prompts of self.task; every split is what the file holds.
@@ -26,4 +29,27 @@ class PromptFile:
             raise UserError(
                 "world.prompts is missing: name a file of prompts (.txt one a line, .jsonl with sources and sizes)"
             )
-        return of_task(load_prompts(path, self.check), self.task, path)
+        found = of_task(load_prompts(path, self.family.check), self.task, path)
+        self._examples = [prompt for prompt in found if prompt.image is not None]
+        return found
+
+    def examples(self, u: np.ndarray) -> tuple[list[Prompt], list[np.ndarray]]:
+        """Prompts and images uint8 [H, W, 3] of n examples, of those that have one; u: [n, 1] in [0, 1).
+
+        Images are scaled to cover the prompt's size and cut to its middle. Raises UserError where no prompt has an image.
+        """
+        if not self._examples:
+            raise UserError(
+                'no prompt of world.prompts has an image to learn: give every line an "image", a path to it'
+            )
+        chosen = [self._examples[int(x * len(self._examples))] for x in u[:, 0]]
+        side = self.family.pixels
+        sizes = [tuple(tokens * side for tokens in self.family.size(prompt)) for prompt in chosen]
+        return chosen, [cover(read_image(p.image), *size) for p, size in zip(chosen, sizes, strict=True)]
+
+
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3]: the image scaled (Lanczos) to cover that size, cut to its middle."""
+    from PIL import Image, ImageOps
+
+    return np.asarray(ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS))

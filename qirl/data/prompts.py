@@ -13,7 +13,7 @@ from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.errors import UserError
 
 EXAMPLE = '{"text": "a red 7"}'
-KEYS = {"text", "category", "id", "sources", "height", "width", "metadata"}
+KEYS = {"text", "category", "id", "sources", "height", "width", "metadata", "image"}
 FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 
 
@@ -21,7 +21,8 @@ FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 class Prompt:
     """One prompt. `id` (0 to 2**32 - 1) keys the noise and the advantage group: it stays with its text.
 
-    height, width: of its images in pixels, where it has its own. metadata: for rewards. sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image. uint16 is scaled to uint8; raises UserError for
+    height, width: of its images in pixels, where it has its own. metadata: for rewards. image: the file of one to learn from.
+    sources: the images of an edit, uint8 [H, W, 3] each; none for text-to-image. uint16 is scaled to uint8; raises UserError for
     other dtypes and shapes.
     """
 
@@ -32,6 +33,7 @@ class Prompt:
     height: int | None = None
     width: int | None = None
     metadata: dict = field(default_factory=dict, compare=False, repr=False)
+    image: Path | None = None
 
     def __post_init__(self):
         sources = tuple(as_uint8(image, f"source {i} of prompt {self.id}") for i, image in enumerate(self.sources))
@@ -45,7 +47,7 @@ class Prompt:
 
 def load_prompts(path: str | Path, check: Callable[[Prompt], None] | None = None) -> list[Prompt]:
     """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?, "sources"?,
-    "height"?, "width"?, "metadata"?}.
+    "height"?, "width"?, "metadata"?, "image"?}.
 
     Blank lines are skipped. "sources": the images of an edit, paths relative to the file. Without "id" a prompt's id
     is its place among the prompts, from 0 (for an edit from FIRST_EDIT). `check` may refuse a prompt by a UserError.
@@ -93,5 +95,8 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
         raise UserError(f'"height" and "width" are {sides[0]!r} and {sides[1]!r}; give both in pixels, or neither')
     if not isinstance(metadata, dict):
         raise UserError(f'"metadata" is {metadata!r}; it must be an object')
+    image = row.get("image")
+    if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
+        raise UserError(f'"image" is {image!r}; it must be the path of a file, relative to the prompt file')
     images = tuple(read_image(folder / path) for path in paths)
-    return Prompt(number, row["text"].strip(), category, images, *sides, metadata)
+    return Prompt(number, row["text"].strip(), category, images, *sides, metadata, image and folder / image)

@@ -84,7 +84,7 @@ def pairwise_from_scores(score: Callable[[Sequence[Sample]], np.ndarray], eps: f
         keys = [[(prompt.id, id(image)) for image in two] for prompt, *two in pairs]
         shown = {key: (prompt, image) for own, (prompt, *two) in zip(keys, pairs, strict=True)
                  for key, image in zip(own, two, strict=True)}  # fmt: skip
-        samples = [Sample(i, p.id, p.text, image, p.category, p.sources) for i, (p, image) in enumerate(shown.values())]
+        samples = [Sample.of(i, p, image) for i, (p, image) in enumerate(shown.values())]
         values = np.asarray(score(samples), dtype=float)
         if values.shape != (len(samples),) or not np.isfinite(values).all():
             raise UserError(

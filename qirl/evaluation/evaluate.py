@@ -26,6 +26,7 @@ from qirl.engine import DTYPES, model_config
 from qirl.errors import UserError
 from qirl.evaluation.measure import measure
 from qirl.families import Family, images_of, largest_target, targets_of
+from qirl.families.registry import is_pipeline
 from qirl.flow.rollout import not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.architecture import Transformer
@@ -44,7 +45,7 @@ from qirl.world import make_world
 
 @dataclass(frozen=True)
 class Exam:
-    """What every model of an evaluation is asked, and who reads the answers."""
+    """What every model of an evaluation is asked, and who reads the answers; judge: of the digits, None elsewhere."""
 
     family: Family
     prompts: list[tuple[Prompt, int]]  # with the number of earlier groups of the same prompt
@@ -55,7 +56,8 @@ class Exam:
     def of(cls, config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> Exam:
         world, options = make_world(config.world, config.model), config.evaluation
         chosen = balanced(world.data.prompts("held_out", config.world.prompts), options.prompts, options.seed)
-        return cls(world.family, chosen, rewards_of(config, world.data, rewards), held_out_judge())
+        judge = held_out_judge() if world.data.name == "digits" else None
+        return cls(world.family, chosen, rewards_of(config, world.data, rewards), judge)
 
 
 def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool = False) -> dict:
@@ -69,6 +71,7 @@ def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool
     check_writable(out_folder(config))
     scales = config.evaluation.guidance
     exam = Exam.of(config, rewards)
+    exam.family.prepare([p for p, _ in exam.prompts], any(g != 1 for g in scales))
     results = {f"{guidance:g}": found for guidance, _, found in scan(config, exam, scales, quiet)}
     keep_results(config, results, rewards)
     return results
@@ -210,7 +213,7 @@ def draw(
         samples = [before * group + g for _, before in own for g in range(group)]
         draws = stream(seed, ids, samples, 0, next(model.parameters()).device)
         conditions = [family.condition(p) for p, _ in own]
-        negatives = [family.negative(p) for p, _ in own]
+        negatives = [family.negative(p) for p, _ in own] if flow.guidance != 1 else None
         latents = rollout(model, conditions, targets, draws, flow, negatives=negatives).latents()
         if failed := sum(not_finite(latents)):
             raise UserError(
@@ -229,15 +232,23 @@ def sample(
     steps: int = 20,
     seed: int = 0,
     text_dim: int | None = None,
+    sources: Sequence[np.ndarray] = (),
+    **world: Any,
 ) -> np.ndarray:
-    """One image per prompt, uint8 [n, H, W, 3]; prompt i draws the noise of (seed, i)."""
-    folder = find_model(model)
-    width = text_dim or world_facts(folder).get("text_dim", WorldOptions().text_dim)
-    config = EvaluateConfig(world=WorldOptions(text_dim=width), model={"path": model})
+    """One image per prompt, uint8 [n, H, W, 3]; prompt i draws the noise of (seed, i).
+
+    sources: images that every prompt edits. world: further options of `world`, such as resolution.
+    """
+    facts = world_facts(find_model(model))
+    own = {"text_dim": text_dim or facts.get("text_dim", WorldOptions().text_dim)}
+    if is_pipeline(model, facts):
+        own |= {"name": "prompts"}
+    config = EvaluateConfig(world=WorldOptions(**own, **world), model={"path": model})
     family = make_world(config.world, config.model).family
-    listed = [(Prompt(i, text), 0) for i, text in enumerate(prompts)]
+    listed = [(Prompt(i, text, sources=tuple(sources)), 0) for i, text in enumerate(prompts)]
     for prompt, _ in listed:
         family.check(prompt)
-    network, flow = open_model(config, family, [guidance]), Flow(steps=steps, guidance=guidance)
+    family.prepare([p for p, _ in listed], guidance != 1)
+    network, flow = open_model(config, family, [guidance]), Flow(steps=steps, guidance=guidance, rescale=family.rescale)
     drawn = draw(network, family, listed, 1, flow, seed, config.evaluation.batch_tokens)
     return np.stack([image for (image,) in drawn])

@@ -37,7 +37,7 @@ def measure(
     "judge_attributes": share with the right ink and paper, of text-to-image and where the judge reads them,
     "by_task", "by_category": {name: {"judge_accuracy", ..., "rewards": {component}: {"value", "low", "high"}}},
     "by_prompt": {"id", "task", and each number: [P] means over a prompt's images, None where it does not apply}}
-    gap: the leading reward (digit, for edits instruction) minus the judge. What applies to no prompt is absent or NaN.
+    gap: the leading reward (digit, for edits instruction) minus the judge; judge: None for none. What applies to no prompt is absent or NaN.
     A component that is called like a number of ours has " (reward)" behind its name. scoring: how patiently rewards are
     asked.
     """
@@ -58,7 +58,9 @@ def measure(
     result["by_prompt"] = {"id": clusters.tolist(), "task": [p.task for p in prompts]}
     for name, own in values.items():
         result["by_prompt"][name] = [None if np.isnan(x) else round(float(x), 4) for x in own]
-    result["judge_by_category"] = {c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items()}
+    result["judge_by_category"] = {
+        c: own["judge_accuracy"]["value"] for c, own in result["by_category"].items() if "judge_accuracy" in own
+    }
     drawn = [s for s in samples if s.task == "t2i"]
     if drawn and hasattr(judge, "attributes_correct"):
         specs = [parse(s.prompt) for s in drawn]
@@ -69,7 +71,7 @@ def measure(
 def samples_of(prompt: Prompt, images: Sequence[np.ndarray], place: int = 0) -> list[Sample]:
     """The images of one prompt as a reward or a judge takes them; place: of the prompt among others."""
     first = place * len(images)
-    return [Sample(first + g, prompt.id, prompt.text, x, prompt.category, prompt.sources) for g, x in enumerate(images)]
+    return [Sample.of(first + g, prompt, image) for g, image in enumerate(images)]
 
 
 def judge_score(judge) -> Callable[[Sequence[Sample]], np.ndarray]:
@@ -97,7 +99,9 @@ def _values(
 ) -> dict[str, np.ndarray]:
     """Per number that is reported, its mean over each prompt's images [P]; NaN where it does not apply or failed."""
     shape = len(images), len(images[0])
-    correct = np.asarray(judge.correct(samples), dtype=float).reshape(shape).mean(1)
+    correct = (
+        np.asarray(judge.correct(samples), dtype=float).reshape(shape).mean(1) if judge else np.full(shape[0], np.nan)
+    )
     components = sorted({name for own in scores for name in own})
     read = {name: _means(np.array([s.get(name, np.nan) for s in scores]).reshape(shape)) for name in components}
     leading = np.full(len(images), np.nan)

@@ -20,6 +20,9 @@ class Family(Protocol):
 
     name: str
     channels: int  # of a latent token
+    pixels: int  # of a token's side
+    shared: bool  # whether the targets of a prompt share its condition, or each carries a copy
+    rescale: bool  # whether its pipeline keeps the norm of the conditional velocity under guidance
 
     def size(self, prompt: Prompt) -> tuple[int, int]:
         """(height, width) of a prompt's target, in latent tokens."""
@@ -30,11 +33,14 @@ class Family(Protocol):
     def condition(self, prompt: Prompt) -> Condition:
         """What the transformer is given of a prompt."""
 
+    def condition_tokens(self, prompt: Prompt) -> int:
+        """How many tokens `condition` has, without its tensors."""
+
     def negative(self, prompt: Prompt) -> Condition:
         """The unconditional twin of a prompt; the same object for prompts that share it."""
 
     def encode(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Images uint8 [H, W, 3] to latents, float32 [tokens, channels], row by row."""
+        """Images uint8 [H, W, 3] to latents, float32 [tokens, channels], row by row. Sides are multiples of a token's."""
 
     def decode(self, latents: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Latents [tokens, channels] of these sizes to images, uint8 [H, W, 3]. A NaN gives a bad picture and no crash."""
@@ -66,6 +72,12 @@ def targets_of(family: Family, prompts: Sequence[Prompt], group: int = 1) -> lis
 def largest_target(family: Family, prompts: Sequence[Prompt]) -> int:
     """Tokens of the largest image of these prompts."""
     return max(height * width for height, width in map(family.size, prompts))
+
+
+def largest_sample(family: Family, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the largest image of these prompts with what it carries along: what a pack must hold at least."""
+    carried = (0 if family.shared else family.condition_tokens(prompt) for prompt in prompts)
+    return max(t.tokens + own for t, own in zip(targets_of(family, prompts), carried, strict=True))
 
 
 def images_of(family: Family, latents: Sequence[torch.Tensor], targets: Sequence[Target]) -> list[np.ndarray]:

@@ -21,7 +21,8 @@ from qirl.packing import Condition
 class Digits:
     """See `qirl.families.Family`. text_dim: width of the word vectors."""
 
-    name, channels = "digits", latents.CHANNELS
+    name, channels, pixels = "digits", latents.CHANNELS, latents.PATCH
+    shared, rescale = True, False
 
     def __init__(self, text_dim: int):
         self.text_dim, self.words = text_dim, WordVectors(text_dim)
@@ -47,6 +48,9 @@ class Digits:
     def condition(self, prompt: Prompt) -> Condition:
         """The words of a prompt, for an edit after its sources (see `_with_sources`)."""
         return self._with_sources(prompt, prompt.text) if prompt.sources else self._text(prompt.text)
+
+    def condition_tokens(self, prompt: Prompt) -> int:
+        return self.condition(prompt).tokens
 
     def negative(self, prompt: Prompt) -> Condition:
         """For text-to-image always the same object, for an edit its sources stay."""

@@ -1,8 +1,7 @@
 """What the families of diffusers' pipelines share: parts that are loaded when they are needed and are on the device only
 while they run, and conditions that are made once per prompt and kept on disk.
 
-Conditioning is the pipeline's own code (`encode_prompt`, `_encode_vae_image`); a pipeline object without its transformer
-runs it. Checked against diffusers 0.42.1.
+Conditioning is the pipeline's own code (`encode_prompt`); a pipeline object without its transformer runs it. Checked against diffusers 0.42.1.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from qirl.errors import UserError
 from qirl.packing import Condition
 from qirl.run import cache
 
-INDEX = "model_index.json"
+INDEX, LAYOUT = "model_index.json", "layout.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float32}
 REMEMBERED = 512  # conditions in memory; all are on disk
 
@@ -154,6 +153,9 @@ class PipelineFamily:
     def condition(self, prompt: Prompt) -> Condition:
         return self._condition(self._key(prompt.text, prompt.sources))
 
+    def condition_tokens(self, prompt: Prompt) -> int:
+        return sum(math.prod(size) for _, *size in read_layout(self._folder(*self._key(prompt.text, prompt.sources))))
+
     def negative(self, prompt: Prompt) -> Condition:
         return self._condition(self._key(self.unconditional, prompt.sources))
 
@@ -242,7 +244,19 @@ class PipelineFamily:
     # images
 
     def encode(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        return [self.encode_image(image, *image.shape[:2]) for image in images]
+        """Once per image: latents are kept on disk."""
+        return [self._latents(image) for image in images]
+
+    def _latents(self, image: np.ndarray) -> torch.Tensor:
+        from safetensors.torch import load_file, save_file
+
+        def write(path: Path) -> None:
+            save_file(
+                {"latents": self.encode_image(image, *image.shape[:2]).contiguous()}, path / "latents.safetensors"
+            )
+
+        key = cache.content_key(self._identity(), content_hash(image))
+        return load_file(cache.cached_folder("latents", key, write) / "latents.safetensors")["latents"]
 
     @torch.no_grad()
     def decode(self, latents: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -269,7 +283,9 @@ class PipelineFamily:
         pipe = self.pipe()
         with self.on_device(pipe.vae) as vae:
             prepared = pipe.image_processor.preprocess(self.picture(image), height, width).unsqueeze(2)
-            grid = pipe._encode_vae_image(prepared.to(self.device, vae.dtype), None)
+            grid = vae.encode(prepared.to(self.device, vae.dtype)).latent_dist.mode()
+            mean, std = self._statistics(grid)
+            grid = (grid - mean) / std
         _, channels, _, rows, columns = grid.shape
         return pipe._pack_latents(grid, 1, channels, rows, columns)[0].float().cpu()
 
@@ -298,14 +314,18 @@ def write_condition(folder: Path, condition: Condition) -> None:
 
     tensors = {"text": condition.text, **{f"reference{i}": r for i, r in enumerate(condition.references)}}
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / "condition.safetensors")
-    (folder / "layout.json").write_text(json.dumps(condition.layout))
+    (folder / LAYOUT).write_text(json.dumps(condition.layout))
+
+
+def read_layout(folder: Path) -> tuple[tuple, ...]:
+    return tuple(tuple(block) for block in json.loads((folder / LAYOUT).read_text()))
 
 
 def read_condition(folder: Path, shared: bool) -> Condition:
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "condition.safetensors")
-    layout = tuple(tuple(block) for block in json.loads((folder / "layout.json").read_text()))
+    layout = read_layout(folder)
     references = tuple(tensors[f"reference{i}"] for i in range(len(tensors) - 1))
     return Condition(tensors["text"], references, layout, shared)
 

@@ -26,7 +26,7 @@ class QwenImageFamily(PipelineFamily):
 
     name = "qwen_image"
     encoder, autoencoder = "Qwen2_5_VLForConditionalGeneration", "AutoencoderKLQwenImage"
-    patch, shared = 2, False
+    patch, shared, rescale = 2, False, True
 
     def __init__(self, folder: Path, options: Options, model: Model):
         super().__init__(folder, options, model)

@@ -19,7 +19,7 @@ SLOT = 2  # latents of the side of one image token of the text
 class QwenImage21Family(PipelineFamily):
     name = "qwen_image_21"
     encoder, autoencoder = "Qwen3VLForConditionalGeneration", "AutoencoderKLQwenImage21"
-    patch, shared, most_sources = 1, True, 10
+    patch, shared, rescale, most_sources = 1, True, False, 10
 
     def _downscale(self) -> int:
         return 16

@@ -35,6 +35,11 @@ def family_of(options: Options, model: Model | None = None) -> Family:
     return FAMILIES[name](folder, options, model)
 
 
+def is_pipeline(path: str, facts: dict) -> bool:
+    """Whether a model path is a pipeline, or one that came from one (facts: what its folder says of its world)."""
+    return (local(path) / INDEX).exists() or "pipeline" in facts
+
+
 def _pipeline(model: Model) -> Path:
     named = model.pipeline or (model.path if (local(model.path) / INDEX).exists() else None)
     named = named or world_facts(find_model(model.path)).get("pipeline")
@@ -46,6 +51,3 @@ def _pipeline(model: Model) -> Path:
     if not (folder / INDEX).exists():
         raise UserError(f"{named} is no pipeline (no {INDEX}); set model.pipeline to where it lies now")
     return folder
-
-
-__all__ = ["FAMILIES", "family_of"]

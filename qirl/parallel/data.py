@@ -6,6 +6,7 @@ ranks (FSDP's own divide factor is 1) and the result does not depend on their nu
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import warnings
@@ -57,9 +58,18 @@ def start(always_mesh: bool = False) -> Ranks:
         backend = "nccl" if cuda else "gloo"
         if world > 1:
             dist.init_process_group(backend)
+            atexit.register(leave_group)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)))
+
+
+def leave_group() -> None:
+    """Leaves the process group, if this process is in one: before the interpreter goes, whose end gloo's threads may not
+    survive."""
+    if dist.is_initialized():
+        with contextlib.suppress(Exception):  # another rank is gone: this one ends all the same
+            dist.destroy_process_group()
 
 
 def shard(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype, blocks=None) -> torch.nn.Module:

@@ -40,7 +40,7 @@ class StepScores:
         for index, image, bad in zip(ids, images, failed, strict=True):
             prompt = self.chosen[index // group][0]
             number = sample_number(self.trainer, self.step, index)
-            samples.append(Sample(number, prompt.id, prompt.text, image, prompt.category, prompt.sources, failed=bad))
+            samples.append(Sample.of(number, prompt, image, failed=bad))
             self.images[index] = image
         self.order += ids
         self.lost += sum(failed)

@@ -16,9 +16,9 @@ from qirl.config import TrainConfig
 from qirl.curation.calibration import Calibration, check_fit, load_calibration
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
-from qirl.engine import Engine
+from qirl.engine import Engine, model_config
 from qirl.errors import UserError
-from qirl.families import Family, largest_target, targets_of
+from qirl.families import Family, largest_sample, largest_target, targets_of
 from qirl.flow.rollout import grids, without_failed
 from qirl.kernels.philox import stream
 from qirl.models.folders import find_model, world_facts
@@ -107,15 +107,6 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
             f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
             "without one (pretrain.drop_condition=0); set flow.guidance=1"
         )
-    target = largest_target(family, prompts)
-    for name, budget, need in (
-        ("policy.micro_tokens", config.policy.micro_tokens, target),
-        ("flow.rollout_tokens", config.flow.rollout_tokens, target * (2 if config.flow.guidance != 1 else 1)),
-    ):
-        if budget < need:
-            raise UserError(
-                f"{name}={budget} tokens is smaller than one sample of {need} tokens; set it to {need} or more"
-            )
     share, ranks = config.policy.prompts // config.policy.minibatches, world_size()
     if share % ranks:
         raise UserError(
@@ -131,6 +122,9 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     if config.advantage.calibration is not None:
         calibration = load_calibration(config.advantage.calibration)
         check_fit(calibration, sampler.categories, declared)
+    model_config(config, family)  # what does not fit is refused before anything slow
+    family.prepare(prompts, config.flow.guidance != 1)
+    check_budgets(config, family, prompts)
     engine = Engine.open(config, family)
     if config.policy.kl and not engine.weights.lora:
         engine.weights.keep("reference")
@@ -138,6 +132,19 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     if trainer.old:
         engine.weights.keep("old")
     return trainer
+
+
+def check_budgets(config: TrainConfig, family: Family, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError where one sample is larger than a pack may be."""
+    twice = 2 if config.flow.guidance != 1 else 1
+    for name, budget, need in (
+        ("policy.micro_tokens", config.policy.micro_tokens, largest_sample(family, prompts)),
+        ("flow.rollout_tokens", config.flow.rollout_tokens, largest_target(family, prompts) * twice),
+    ):
+        if budget < need:
+            raise UserError(
+                f"{name}={budget} tokens is smaller than one sample of {need} tokens; set it to {need} or more"
+            )
 
 
 def check_noise_counters(section: str, prompts: int, group: int, sampler: PromptSampler) -> None:

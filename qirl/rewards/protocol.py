@@ -81,6 +81,12 @@ class Sample:
         object.__setattr__(self, "image", as_uint8(self.image, f"the image of sample {self.id}"))
         object.__setattr__(self, "sources", sources)
 
+    @classmethod
+    def of(cls, number: int, prompt, image: np.ndarray, failed: bool = False) -> Sample:
+        """An image of a `qirl.data.prompts.Prompt`."""
+        own = (prompt.id, prompt.text, image, prompt.category, prompt.sources, prompt.metadata)
+        return cls(number, *own, failed=failed)
+
     @property
     def task(self) -> str:
         """t2i, or edit where there are source images."""

@@ -30,8 +30,17 @@ KINDS = {
 
 
 def rewards_of(config, data, given: Sequence[Reward] = ()) -> list[Reward]:
-    """What scores a run: the callables given to it, else `rewards` of its config, else the data's own."""
-    return list(given) or build(config.rewards) or own_rewards(data.task)
+    """What scores a run: the callables given to it, else `rewards` of its config, else the digits' own.
+
+    Raises UserError where other data is scored by nothing.
+    """
+    found = list(given) or build(config.rewards)
+    if not found and data.name != "digits":
+        raise UserError(
+            "no reward is named: add some under `rewards` in the config (`qirl options train rewards` lists their kinds), or "
+            "give callables to qirl.train"
+        )
+    return found or own_rewards(data.task)
 
 
 def own_rewards(task: str) -> list[Reward]:

@@ -15,11 +15,11 @@ import torch
 from qirl.config import DistillConfig
 from qirl.config_sections import Timesteps
 from qirl.data.sampler import PromptSampler
-from qirl.distill import samples
-from qirl.distill.schedule import teacher_of, turn_of
-from qirl.distill.sweep import STATS, Guide, Lesson, cut_samples, sweep
-from qirl.distill.teachers import Base, Teachers, find_base, find_sources
-from qirl.engine import Engine
+from qirl.distillation import samples
+from qirl.distillation.schedule import teacher_of, turn_of
+from qirl.distillation.sweep import STATS, Guide, Lesson, cut_samples, sweep
+from qirl.distillation.teachers import Base, Teachers, find_base, find_sources
+from qirl.engine import Engine, model_config
 from qirl.errors import UserError
 from qirl.families import Family, largest_target, targets_of
 from qirl.flow.rollout import DTYPES, grids
@@ -85,14 +85,16 @@ def open_distiller(config: DistillConfig) -> Distiller:
         raise UserError(f"distill.prompts={options.prompts} is smaller than the {ranks} ranks; use {ranks} or more")
     for sampler in prompts.values():
         check_noise_counters("distill", options.prompts, options.group, sampler)
-        own = [p for members in sampler.by_category.values() for p in members]
-        need = largest_target(world.family, own) + max(world.family.condition(p).tokens for p in own)
-        if options.micro_tokens < need:
-            raise UserError(
-                f"distill.micro_tokens={options.micro_tokens} tokens is smaller than one sample of {need} tokens (its "
-                f"prompt's included); set it to {need} or more"
-            )
     sources = find_sources(config)
+    model_config(config, world.family)
+    everything = [p for sampler in prompts.values() for own in sampler.by_category.values() for p in own]
+    world.family.prepare(everything, any(teacher.guidance != 1 for teacher in options.teachers.values()))
+    need = largest_target(world.family, everything) + max(map(world.family.condition_tokens, everything))
+    if options.micro_tokens < need:
+        raise UserError(
+            f"distill.micro_tokens={options.micro_tokens} tokens is smaller than one sample of {need} tokens (its "
+            f"prompt's included); set it to {need} or more"
+        )
     engine = Engine.open(config, world.family)
     folder = find_model(config.model.path)
     teachers = Teachers(sources, folder, DTYPES[config.model.dtype], engine.ranks, config.model.variant)

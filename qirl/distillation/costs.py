@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from qirl.config import DistillConfig
 from qirl.costs import Flops, activation_bytes, describe_packs, forward_flops, training_flops
-from qirl.distill.schedule import order
-from qirl.distill.sweep import Lesson, cut_samples
-from qirl.distill.teachers import find_sources, meta_teacher
-from qirl.distill.trainer import lesson_of, prompts_by_task, shares_of
+from qirl.distillation.schedule import order
+from qirl.distillation.sweep import Lesson, cut_samples
+from qirl.distillation.teachers import find_sources, meta_teacher
+from qirl.distillation.trainer import lesson_of, prompts_by_task, shares_of
 from qirl.flow.rollout import DTYPES
 from qirl.models.architecture import Transformer
 from qirl.packing import pack
