@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, first, leave_group, load_config, say, told
+from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, first, load_config, say, told
 
 app = typer.Typer(
     name="reward", help="Reward models: train a judge, serve rewards, score and check.", no_args_is_help=True
@@ -42,7 +42,6 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False, 
 
             print_validation(engine.folder.path / "validation.json")
         say(f"judge: {engine.folder.path / 'model'}")
-        leave_group()
 
 
 @app.command(cls=WithServeOptions)
