@@ -128,6 +128,13 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = option(
         "float32", "compute dtype; bfloat16 keeps float32 weights beside"
     )
+    base: Literal["dtype", "float32"] = option(
+        "dtype",
+        "dtype of weights that LoRA leaves frozen: that of `dtype`, or float32 beside bfloat16 as trained ones have",
+    )
+    checkpointing: Literal["none", "attention", "block"] = option(
+        "none", "what runs again in the backward instead of being kept: nothing, attention, or whole blocks"
+    )
     architecture: Architecture = option(Architecture(), "size of a model that starts from nothing (pretrain)")
     lora: Lora = option(Lora(), "low-rank adapters instead of all parameters")
 

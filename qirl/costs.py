@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qirl.config_sections import Section
-from qirl.models.architecture import Transformer
+from qirl.models.architecture import Transformer, recompute
 from qirl.models.qwen_image import QwenImageConfig
 from qirl.models.qwen_image_21 import QwenImage21Config
 from qirl.models.weights import Config
@@ -94,7 +94,29 @@ def describe_packs(bodies: Sequence[Pack], prefix: int | None = None) -> dict[st
 
 
 def activation_bytes(model: Transformer, layout: Layout, body: Pack) -> int:
-    """Bytes that autograd keeps for the backward of one pack, counted by a forward on the meta device."""
+    """Bytes that are kept for the backward of one pack, counted by a forward on the meta device.
+
+    With activation checkpointing: what is kept outside of the parts that run again, and the input of each of them; for whole
+    blocks also what one keeps while it runs again (an attention's is less than what its block has freed by then).
+    """
+    blocks = list(model.transformer_blocks)
+    what = next((name for name, on in _recomputed(blocks[0]).items() if on), "none")
+    kept = _kept_bytes(model, layout, body)
+    if what == "none":
+        return kept
+    recompute(model, "none")
+    everything = _kept_bytes(model, layout, body)
+    recompute(model, what)
+    inputs = len(blocks) * body.tokens * model.config.width * next(model.parameters()).element_size()
+    return kept + inputs + ((everything - kept) // len(blocks) if what == "block" else 0)
+
+
+def _recomputed(block) -> dict[str, bool]:
+    return {"block": block.recompute, "attention": block.attn.recompute}
+
+
+def _kept_bytes(model: Transformer, layout: Layout, body: Pack) -> int:
+    """Bytes that autograd saves in a forward of one pack."""
     device = torch.device("meta")
     fields = {f.name: getattr(body, f.name) for f in dataclasses.fields(body) if f.name != "memo"}
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}

@@ -19,7 +19,7 @@ from qirl.errors import UserError
 from qirl.families import Family
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter
-from qirl.models.architecture import Transformer
+from qirl.models.architecture import Transformer, recompute
 from qirl.models.folders import WORLD_FILE, find_model
 from qirl.models.lora import add_lora, merged_state
 from qirl.models.weights import Config, load_config, load_model, new_model, save_model
@@ -84,9 +84,14 @@ class Engine:
         lora = config.model.lora
 
         def build(device, master: torch.dtype) -> Transformer:
-            model = build_model(config, family, device, master)
+            frozen = lora.rank and config.model.base == "dtype"
+            model = build_model(config, family, device, DTYPES[config.model.dtype] if frozen else master)
+            recompute(model, config.model.checkpointing)
             if lora.rank:
                 add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data = parameter.data.to(master)
             return model
 
         return cls.around(build, config, config.model.dtype, lora=bool(lora.rank))

@@ -30,7 +30,7 @@ from qirl.distillation.costs import distillation
 from qirl.engine import DTYPES, model_config
 from qirl.families import Family, targets_of
 from qirl.flow.rollout import with_negatives
-from qirl.models.architecture import Transformer
+from qirl.models.architecture import Transformer, recompute
 from qirl.models.folders import find_model
 from qirl.models.lora import add_lora
 from qirl.models.weights import check_weights, new_model
@@ -45,6 +45,7 @@ def meta_model(config: Section, world: World) -> Transformer:
     """The run's model on the meta device, with adapters, after its files' headers were checked."""
     with torch.device("meta"):
         model = new_model(model_config(config, world.family)).to(DTYPES[config.model.dtype])
+        recompute(model, config.model.checkpointing)
     if config.model.path is not None:
         check_weights(model, find_model(config.model.path), config.model.variant)
     lora = config.model.lora
@@ -103,8 +104,13 @@ def _weights_memory(config: Section, total: int, trainable: int, ranks: int) -> 
     if isinstance(config, DRAWING):
         return {"weights": total * size}
     master = max(size, 4)
-    share = lambda count: -(-count * master // ranks)  # noqa: E731
-    parts = {"weights": share(total), "gradients": share(trainable), "optimizer": 2 * share(trainable)}
+    share = lambda count, each=master: -(-count * each // ranks)  # noqa: E731
+    base = size if config.model.lora.rank and config.model.base == "dtype" else master
+    parts = {
+        "weights": share(trainable) + share(total - trainable, base),
+        "gradients": share(trainable),
+        "optimizer": 2 * share(trainable),
+    }
     parts |= {f"copy: {name}": share(trainable) for name in _copies(config)}
     gathered = ranks > 1 or config.model.dtype == "bfloat16"
     return parts | ({"gathered weights": total * size} if gathered else {})

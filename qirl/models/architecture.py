@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qirl.errors import UserError, nearest
 from qirl.packing import Pack
@@ -31,6 +32,30 @@ class Transformer(Protocol):
 
         Without latents: what `past` is for packs without their prefix, None where nothing is shared.
         """
+
+
+class Recomputed(nn.Module):
+    """A module that keeps nothing for its backward but its inputs, where `recompute` says so: it runs again there.
+
+    Inside the module and not around it, so that FSDP gathers its weights for the second run as for the first.
+    """
+
+    recompute = False
+
+    def forward(self, *inputs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, *inputs, use_reentrant=False)
+        return self.run(*inputs)
+
+    def run(self, *inputs):
+        """The forward."""
+        raise NotImplementedError
+
+
+def recompute(model: Transformer, what: str) -> None:
+    """Activation checkpointing of "block" (all of every block), "attention" (that part of it), or "none"."""
+    for block in model.transformer_blocks:
+        block.recompute, block.attn.recompute = what == "block", what == "attention"
 
 
 def from_diffusers(cls: type[Config], values: dict) -> Config:

@@ -19,7 +19,7 @@ from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
 from qirl.kernels.residual_norm import residual_norm
 from qirl.models import qwen_image_21
-from qirl.models.architecture import check_sizes, from_diffusers
+from qirl.models.architecture import Recomputed, check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
 from qirl.models.qwen_image_21 import MakeLinear, Weight, model_time
 from qirl.models.rope import Rope
@@ -81,7 +81,7 @@ class FeedForward(nn.Module):
         return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
 
 
-class JointAttention(nn.Module):
+class JointAttention(Recomputed):
     def __init__(self, config: QwenImageConfig, make_linear: MakeLinear):
         super().__init__()
         width, self.head_dim = config.width, config.attention_head_dim
@@ -92,7 +92,7 @@ class JointAttention(nn.Module):
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             setattr(self, name, Weight(torch.ones(self.head_dim)))
 
-    def forward(self, image, text, rope, pack: JointPack):
+    def run(self, image, text, rope, pack: JointPack):
         """Both streams' outputs of joint attention, before their output projections; [I + F, W] and [T, W]."""
         (cos, sin), heads = rope, (-1, self.head_dim)
         of_text, of_image = (cos[: len(text)], sin[: len(text)]), (cos[len(text) :], sin[len(text) :])
@@ -105,7 +105,7 @@ class JointAttention(nn.Module):
         return out[len(text) :], out[: len(text)]
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     def __init__(self, config: QwenImageConfig, make_linear: MakeLinear):
         super().__init__()
         width = config.width
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.img_mod, self.txt_mod = (nn.Sequential(nn.SiLU(), biased_linear(width, 6 * width)) for _ in range(2))
         self.img_mlp, self.txt_mlp = FeedForward(width, make_linear), FeedForward(width, make_linear)
 
-    def forward(self, image, text, temb, rope, rows, pack: JointPack, last: bool):
+    def run(self, image, text, temb, rope, rows, pack: JointPack, last: bool):
         """image [I + F, W], text [T, W]; rows: the row of temb of each token of (image, text). The last block's text
         is never read, and None is returned for it."""
         of_image, of_text = (m(temb).chunk(6, dim=-1) for m in (self.img_mod, self.txt_mod))

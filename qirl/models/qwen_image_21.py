@@ -21,7 +21,7 @@ from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
 from qirl.kernels.residual_norm import residual_norm
 from qirl.kernels.swiglu import swiglu
-from qirl.models.architecture import check_sizes, from_diffusers
+from qirl.models.architecture import Recomputed, check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
 from qirl.models.rope import Rope
 from qirl.packing import PackedBatch
@@ -77,7 +77,7 @@ def plain_linear(inputs: int, outputs: int) -> nn.Module:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-class Attention(nn.Module):
+class Attention(Recomputed):
     def __init__(self, config: QwenImage21Config, make_linear: MakeLinear):
         super().__init__()
         self.head_dim, self.eps = config.attention_head_dim, config.eps
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         k, v = self.to_k(x).unflatten(-1, (-1, self.head_dim)), self.to_v(x).unflatten(-1, (-1, self.head_dim))
         return qk_norm_rope(k, self.norm_k.weight, *rope, self.eps), v
 
-    def forward(self, x, rope, pack: PackedBatch, past):
+    def run(self, x, rope, pack: PackedBatch, past):
         q = self.to_q(x).unflatten(-1, (-1, self.head_dim))
         q = qk_norm_rope(q, self.norm_q.weight, *rope, self.eps)
         k, v = self.keys_values(x, rope)
@@ -110,14 +110,14 @@ class FeedForward(nn.Module):
         return self.out(swiglu(self.gate_layer(x), self.proj(x)))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     def __init__(self, config: QwenImage21Config, make_linear: MakeLinear):
         super().__init__()
         self.eps = config.eps
         self.attn = Attention(config, make_linear)
         self.img_mlp = FeedForward(config.width, config.width * config.mlp_ratio, make_linear)
 
-    def forward(self, x, modulation, rope, pack: PackedBatch, past):
+    def run(self, x, modulation, rope, pack: PackedBatch, past):
         """x [N, W], modulation [rows, 4 W] (scale, gate of attention, then of the MLP): (x, keys and values)."""
         scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
         attended, pair = self.attn(norm_modulate(x, scale1, pack.row, self.eps), rope, pack, past)
