@@ -82,9 +82,9 @@ class Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
         model_config(config, family)
         lora = config.model.lora
+        frozen = bool(lora.rank) and config.model.base == "dtype"
 
         def build(device, master: torch.dtype) -> Transformer:
-            frozen = lora.rank and config.model.base == "dtype"
             model = build_model(config, family, device, DTYPES[config.model.dtype] if frozen else master)
             recompute(model, config.model.checkpointing)
             if lora.rank:
@@ -94,18 +94,22 @@ class Engine:
                         parameter.data = parameter.data.to(master)
             return model
 
-        return cls.around(build, config, config.model.dtype, lora=bool(lora.rank))
+        return cls.around(build, config, config.model.dtype, lora=bool(lora.rank), frozen=frozen)
 
     @classmethod
-    def around(cls, build: Callable, config: Section, dtype: str, lora: bool = False, blocks: Callable | None = None):
+    def around(
+        cls, build: Callable, config: Section, dtype: str, lora: bool = False, blocks: Callable | None = None,
+        frozen: bool = False,
+    ):  # fmt: skip
         """The engine of the model that build(device, dtype of the weights) makes, sharded and in its run folder.
 
-        dtype: a key of DTYPES, which it computes in. blocks(model): as `shard` takes them.
+        dtype: a key of DTYPES, which it computes in. blocks(model): as `shard` takes them. frozen: the weights are in `dtype`
+        already, apart from float32 adapters: one rank then needs no FSDP, which would keep a second copy of them.
         """
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         half = DTYPES[dtype] == torch.bfloat16
-        ranks = start(always_mesh=half)
+        ranks = start(always_mesh=half and not frozen)
         values, out = to_dict(config), config.run.out
         fix = f"cannot write the run folder {out}; choose another out folder"
         check = partial(RunFolder.check, out, values, FREE_KEYS, rising_keys=RISING_KEYS)

@@ -28,7 +28,7 @@ from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.distillation.costs import distillation
 from qirl.engine import DTYPES, model_config
-from qirl.families import Family, targets_of
+from qirl.families import Family, Sketched, targets_of
 from qirl.flow.rollout import with_negatives
 from qirl.models.architecture import Transformer, recompute
 from qirl.models.folders import find_model
@@ -66,6 +66,7 @@ def plan(config: Section, world_size: int = 1) -> dict:
         return _plan_of_models(config)
     world_size = 1 if isinstance(config, DRAWING) else world_size
     world = make_world(config.world, config.model)
+    world = replace(world, family=Sketched(world.family))
     model = meta_model(config, world)
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -112,7 +113,7 @@ def _weights_memory(config: Section, total: int, trainable: int, ranks: int) -> 
         "optimizer": 2 * share(trainable),
     }
     parts |= {f"copy: {name}": share(trainable) for name in _copies(config)}
-    gathered = ranks > 1 or config.model.dtype == "bfloat16"
+    gathered = ranks > 1 or config.model.dtype == "bfloat16" and base == master
     return parts | ({"gathered weights": total * size} if gathered else {})
 
 

@@ -162,3 +162,18 @@ def test_what_does_not_belong_to_a_pipeline_is_refused(folders, tmp_path, tiny_m
     (tmp_path / "other/model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
     with pytest.raises(UserError, match="vae/config.json does not exist; copy the pipeline whole"):
         opened(tmp_path / "other")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sketch_has_the_sizes_of_the_condition_and_reads_no_weights(folders, case, tmp_path):
+    kind, prompt = CASES[case]
+    family, bare = opened(folders(kind)), tmp_path / "bare"
+    for path in folders(kind).rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            (bare / path.relative_to(folders(kind))).parent.mkdir(parents=True, exist_ok=True)
+            (bare / path.relative_to(folders(kind))).write_bytes(path.read_bytes())
+    outline = opened(bare)
+    for negative, whole in ((False, family.condition(prompt)), (True, family.negative(prompt))):
+        sketch = outline.sketch(prompt, negative)
+        assert sketch.layout == whole.layout and sketch.shared == whole.shared and sketch.text.shape == whole.text.shape
+        assert [r.shape for r in sketch.references] == [r.shape for r in whole.references]

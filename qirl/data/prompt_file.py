@@ -8,15 +8,14 @@ from qirl.data.digit_set import of_task
 from qirl.data.images import read_image
 from qirl.data.prompts import Prompt, load_prompts
 from qirl.errors import UserError
-from qirl.families import Family
 
 
 class PromptFile:
-    """Prompts of a task ("t2i", "edit" or "mixed"), as far as the family takes them."""
+    """Prompts of a task ("t2i", "edit" or "mixed"), as far as a `qirl.families.Family` takes them."""
 
     name, uniforms = "prompts", 1
 
-    def __init__(self, task: str, family: Family):
+    def __init__(self, task: str, family):
         self.task, self.family = task, family
         self._examples: list[Prompt] = []
 

@@ -33,6 +33,9 @@ class Family(Protocol):
     def condition(self, prompt: Prompt) -> Condition:
         """What the transformer is given of a prompt."""
 
+    def sketch(self, prompt: Prompt, negative: bool = False) -> Condition:
+        """A condition (or its twin's) of the right sizes, whose values mean nothing: for plans, which run no encoder."""
+
     def condition_tokens(self, prompt: Prompt) -> int:
         """How many tokens `condition` has, without its tensors."""
 
@@ -62,6 +65,22 @@ class Family(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What a model folder must say for the family to be found again."""
+
+
+class Sketched:
+    """A family whose conditions are sketches."""
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def __getattr__(self, name: str):
+        return getattr(self.family, name)
+
+    def condition(self, prompt: Prompt) -> Condition:
+        return self.family.sketch(prompt)
+
+    def negative(self, prompt: Prompt) -> Condition:
+        return self.family.sketch(prompt, negative=True)
 
 
 def targets_of(family: Family, prompts: Sequence[Prompt], group: int = 1) -> list[Target]:

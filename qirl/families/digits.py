@@ -49,6 +49,9 @@ class Digits:
         """The words of a prompt, for an edit after its sources (see `_with_sources`)."""
         return self._with_sources(prompt, prompt.text) if prompt.sources else self._text(prompt.text)
 
+    def sketch(self, prompt: Prompt, negative: bool = False) -> Condition:
+        return self.negative(prompt) if negative else self.condition(prompt)
+
     def condition_tokens(self, prompt: Prompt) -> int:
         return self.condition(prompt).tokens
 

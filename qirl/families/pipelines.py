@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ class PipelineFamily:
         self.dtype, self.device = DTYPES[model.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.vae_config = read_json(folder / "vae/config.json")
         self._pipe: Any = None
+        self._outline: Any = None  # the same for sketches
+        self.sketching = False
         self._condition = lru_cache(REMEMBERED)(lambda key: read_condition(self._folder(*key), self.shared))
         self._sources: dict[str, tuple[np.ndarray, ...]] = {}
 
@@ -205,11 +208,27 @@ class PipelineFamily:
     def pipe(self):
         """diffusers' pipeline without transformer and text encoder; the autoencoder on the host."""
         if self._pipe is None:
-            self._pipe = self._load()
+            vae = None if self.sketching else self.part("diffusers", self.autoencoder, "vae")
+            self._pipe = self._assembled(vae)
         return self._pipe
 
-    def _load(self):
+    def _assembled(self, vae):
+        """The pipeline's object around an autoencoder, or around none."""
         raise NotImplementedError
+
+    def sketch(self, prompt: Prompt, negative: bool = False) -> Condition:
+        with self._sketches():
+            return self.encode_condition(self.unconditional if negative else prompt.text, prompt.sources)
+
+    @contextlib.contextmanager
+    def _sketches(self) -> Iterator[None]:
+        """In the block the encoder gives zeros of the right shape, and images give latents of zeros: no weights are read."""
+        before, self._pipe, self.sketching = self._pipe, self._outline, True
+        try:
+            self.pipe().text_encoder = Blank(self.text_width())
+            yield
+        finally:
+            self._outline, self._pipe, self.sketching = self._pipe, before, False
 
     def part(self, module: str, name: str, subfolder: str):
         """A part of the pipeline by its class. Raises UserError where it is missing or does not load."""
@@ -280,6 +299,8 @@ class PipelineFamily:
     @torch.no_grad()
     def encode_image(self, image, height: int, width: int) -> torch.Tensor:
         """Latents [tokens, channels], float32 on the host, of a PIL image or uint8 [H, W, 3], scaled to height x width."""
+        if self.sketching:
+            return torch.zeros(height // self.pixels * (width // self.pixels), self.channels)
         pipe = self.pipe()
         with self.on_device(pipe.vae) as vae:
             prepared = pipe.image_processor.preprocess(self.picture(image), height, width).unsqueeze(2)
@@ -294,6 +315,20 @@ class PipelineFamily:
         from PIL import Image
 
         return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+class Blank(torch.nn.Module):
+    """A text encoder without weights: hidden states of zeros."""
+
+    dtype = torch.float32
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.model = width, torch.nn.Module()
+        self.model.norm = torch.nn.Identity()
+
+    def forward(self, input_ids: torch.Tensor, **_):
+        return SimpleNamespace(hidden_states=[torch.zeros(*input_ids.shape, self.width, device=input_ids.device)])
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:

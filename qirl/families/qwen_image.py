@@ -39,12 +39,12 @@ class QwenImageFamily(PipelineFamily):
     def _readers(self) -> Sequence[str]:
         return ("tokenizer", "processor")
 
-    def _load(self):
+    def _assembled(self, vae):
         import diffusers
         from transformers import AutoTokenizer
 
         parts = dict(
-            scheduler=None, transformer=None, text_encoder=None, vae=self.part("diffusers", self.autoencoder, "vae"),
+            scheduler=None, transformer=None, text_encoder=None, vae=vae,
             tokenizer=AutoTokenizer.from_pretrained(self.folder / "tokenizer"),
         )  # fmt: skip
         if self.most_sources:

@@ -30,11 +30,11 @@ class QwenImage21Family(PipelineFamily):
     def _readers(self) -> Sequence[str]:
         return ("processor",)
 
-    def _load(self):
+    def _assembled(self, vae):
         from diffusers import QwenImage21Pipeline
 
         return QwenImage21Pipeline(
-            scheduler=None, transformer=None, text_encoder=None, vae=self.part("diffusers", self.autoencoder, "vae"),
+            scheduler=None, transformer=None, text_encoder=None, vae=vae,
             processor=TextAndImages.load(self.folder / "processor"),
         )  # fmt: skip
 

@@ -162,9 +162,7 @@ def save_model(config: Config, state: dict[str, torch.Tensor], folder: str | Pat
 def _write_files(config: Config, state: dict[str, torch.Tensor], folder: Path, max_shard: str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    name = next(name for name, (kind, _) in CLASSES.items() if isinstance(config, kind))
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    (folder / CONFIG).write_text(json.dumps({"_class_name": name, **fields}, indent=2) + "\n")
+    save_config(config, folder)
     split = split_torch_state_dict_into_shards(
         state, filename_pattern=NAME + "{suffix}.safetensors", max_shard_size=max_shard
     )
@@ -174,6 +172,13 @@ def _write_files(config: Config, state: dict[str, torch.Tensor], folder: Path, m
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_config(config: Config, folder: str | Path) -> None:
+    """Writes config.json as diffusers does."""
+    name = next(name for name, (kind, _) in CLASSES.items() if isinstance(config, kind))
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    (Path(folder) / CONFIG).write_text(json.dumps({"_class_name": name, **fields}, indent=2) + "\n")
 
 
 def copy_model(source: str | Path, target: str | Path) -> Path:
