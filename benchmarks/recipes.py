@@ -32,6 +32,7 @@ from qirl.models.weights import save_config  # noqa: E402
 from qirl.paths import configs  # noqa: E402
 from qirl.plan import plan  # noqa: E402
 
+OTHERS = ("distill", "curate", "sft")  # of other commands than train
 PROMPT = (
     "a red seven and a blue four in thick ink on old yellow paper, seen from the side in the light of a winter morning"
 )
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    every = sorted(f"{p.parent.name}/{p.stem}" for p in configs().glob("qwen_image*/*.yaml") if p.stem != "distill")
+    every = sorted(f"{p.parent.name}/{p.stem}" for p in configs().glob("qwen_image*/*.yaml") if p.stem not in OTHERS)
     rows = [
         "| recipe | trained | weights | gradients and optimizer | activations | per GPU |",
         "|---|---|---|---|---|---|",

@@ -74,7 +74,9 @@ class Ranged(Section):
 
 class PythonOptions(Ranged):
     kind: Literal["python"] = option("python", "a function of yours, as qirl.train takes it")
-    target: str | None = option(None, "its module:function, importable where the command runs", pattern=r"^[\w.]+:\w+$")
+    target: str | None = option(
+        None, "its module:function, importable where the command runs, or file.py:function", pattern=r"^[\w./-]+:\w+$"
+    )
 
     @model_validator(mode="after")
     def _has_a_target(self):

@@ -10,7 +10,7 @@ from qirl.distillation.teachers import find_sources, meta_teacher
 from qirl.distillation.trainer import lesson_of, prompts_by_task, shares_of
 from qirl.flow.rollout import DTYPES
 from qirl.models.architecture import Transformer
-from qirl.packing import pack
+from qirl.packing import Pack, pack
 from qirl.parallel.data import Ranks
 from qirl.policy.packs import Layout
 from qirl.world import World
@@ -29,10 +29,10 @@ def distillation(config: DistillConfig, world: World, model: Transformer, ranks:
         for own, prefix in zip(packs, prefixes, strict=True):
             parts = _pack_flops(config, model, own, prefix)
             student, teacher = student + parts[0], teacher + parts[1]
-            tokens_of_pack = prefix.tokens + sum(own.part(range(len(own.targets))).body.lengths)
+            tokens_of_pack = _tokens(prefix) + sum(own.part(range(len(own.targets))).body.lengths)
             if largest is None or tokens_of_pack > largest[0]:
                 largest = tokens_of_pack, own
-        tokens[f"teacher {name}"] = describe_packs(bodies, max(p.tokens for p in prefixes))
+        tokens[f"teacher {name}"] = describe_packs(bodies, max(map(_tokens, prefixes)))
         flops |= {f"student, teacher {name}": student, f"teacher {name}": teacher}
     own = largest[1]
     layout = Layout(own.conditions, (), [], 0, seam=True)
@@ -40,11 +40,16 @@ def distillation(config: DistillConfig, world: World, model: Transformer, ranks:
     return tokens, flops, _teachers_memory(config, ranks) | {"activations": activation_bytes(model, layout, body)}
 
 
+def _tokens(prefix: Pack | None) -> int:
+    """0 where nothing is shared."""
+    return prefix.tokens if prefix else 0
+
+
 def _pack_flops(config: DistillConfig, model: Transformer, lesson: Lesson, prefix) -> tuple[Flops, Flops]:
     """The student's sweep with its backward, and the forwards of teacher and base at the trained nodes."""
     c = model.config
     once = forward_flops(c, prefix)
-    student = training_flops(config, model, once, prefix.tokens)
+    student = training_flops(config, model, once, _tokens(prefix))
     teacher = forward_flops(c, pack(lesson.with_twins([])[0], [])) + once * int(config.distill.anchor > 0)
     for node in range(config.flow.steps):
         trained = [i for i, own in enumerate(lesson.nodes) if node in own]
@@ -54,7 +59,7 @@ def _pack_flops(config: DistillConfig, model: Transformer, lesson: Lesson, prefi
         if trained:
             part = lesson.part(trained)
             forward = forward_flops(c, part.body)
-            student += training_flops(config, model, forward, part.body.target_tokens)
+            student += training_flops(config, model, forward, part.body.tokens)
             teacher += forward_flops(c, part.guided or part.body) + forward * int(config.distill.anchor > 0)
     return student, teacher
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from qirl.config_rewards import PythonOptions, Remote, RewardOptions, ServerOptions
 from qirl.errors import UserError
@@ -96,10 +98,20 @@ def _ranged(reward: Reward, bounds: tuple[float, float]) -> Reward:
     return own
 
 
+def _file(path: str):
+    """The module of a file that need not be importable."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _load(target: str, what: str):
-    module, _, attribute = target.partition(":")
+    module, _, attribute = target.rpartition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(_file(module) if module.endswith(".py") else importlib.import_module(module), attribute)
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror or error}); check the path") from None
     except ImportError as error:
         raise UserError(f"{what} cannot be imported ({error}); install it, or mend the name") from None
     except AttributeError:
