@@ -21,5 +21,9 @@ class World:
 def make_world(options: Options, model: Model | None = None) -> World:
     """The world of a config's sections. Raises UserError for a model of no known family."""
     family = family_of(options, model)
-    own = DigitSet(options.task, family.check) if options.name == "digits" else PromptFile(options.task, family)
+    own = (
+        DigitSet(options.task, family.check)
+        if options.name == "digits"
+        else PromptFile(options.task, family, options.max_bad)
+    )
     return World(family, own)

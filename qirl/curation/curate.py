@@ -190,6 +190,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
         line = {"id": prompt.id, "text": prompt.text, "category": prompt.category}
         line |= {"height": prompt.height, "width": prompt.width} if prompt.height else {}
         line |= {"metadata": prompt.metadata} if prompt.metadata else {}
+        line |= {"image": str(prompt.image.resolve())} if isinstance(prompt.image, Path) else {}
         names = [f"sources/{prompt.id}_{place}.png" for place in range(len(prompt.sources))]
         for name, source in zip(names, prompt.sources, strict=True):
             (path.parent / name).parent.mkdir(exist_ok=True)

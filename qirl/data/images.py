@@ -16,7 +16,9 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +44,49 @@ def decode(data: bytes, what: str, pixels: int = PIXELS) -> np.ndarray:
         return _rgb(image, what)
 
 
-def read_image(path: str | Path, pixels: int = PIXELS) -> np.ndarray:
+@dataclass(frozen=True)
+class Slice:
+    """A file inside of another that is not compressed, such as a tar."""
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.name}"
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def read_image(path: str | Path | Slice, pixels: int = PIXELS) -> np.ndarray:
     """uint8 [H, W, 3] of a file, as `decode` makes it, of any of FILES. Raises UserError for one that is not there, too."""
-    with _opened(path, str(path), pixels, FILES) as image:
+    source = io.BytesIO(path.read()) if isinstance(path, Slice) else path
+    with _opened(source, str(path), pixels, FILES) as image:
         return _rgb(image, str(path))
+
+
+class Pictures(Sequence):
+    """Images of files, uint8 [H, W, 3], read when they are asked for; the last few of all stay in memory."""
+
+    def __init__(self, files: Sequence[Path | Slice]):
+        self.files = tuple(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place):
+        return (
+            [_remembered(f) for f in self.files[place]] if isinstance(place, slice) else _remembered(self.files[place])
+        )
+
+
+@lru_cache(64)
+def _remembered(file: Path | Slice) -> np.ndarray:
+    return read_image(file)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ class PromptFile:
 
     name, uniforms = "prompts", 1
 
-    def __init__(self, task: str, family):
-        self.task, self.family = task, family
+    def __init__(self, task: str, family, most_bad: float = 0.0):
+        self.task, self.family, self.most_bad = task, family, most_bad
         self._examples: list[Prompt] = []
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
@@ -28,7 +28,7 @@ class PromptFile:
             raise UserError(
                 "world.prompts is missing: name a file of prompts (.txt one a line, .jsonl with sources and sizes)"
             )
-        found = of_task(load_prompts(path, self.family.check), self.task, path)
+        found = of_task(load_prompts(path, self.family.check, self.most_bad), self.task, path)
         self._examples = [prompt for prompt in found if prompt.image is not None]
         return found
 

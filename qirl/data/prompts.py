@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qirl.data.images import as_uint8, read_image
+from qirl.data.images import Pictures, Slice, as_uint8
 from qirl.data.lines import parse_object, read_lines, told_at
+from qirl.data.tars import samples
 from qirl.errors import UserError
 
 EXAMPLE = '{"text": "a red 7"}'
 KEYS = {"text", "category", "id", "sources", "height", "width", "metadata", "image"}
+SHOWN = 3  # bad lines that a message names
 FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 
 
@@ -29,15 +35,16 @@ class Prompt:
     id: int
     text: str
     category: str = "general"
-    sources: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
+    sources: Sequence[np.ndarray] = field(default=(), compare=False, repr=False)
     height: int | None = None
     width: int | None = None
     metadata: dict = field(default_factory=dict, compare=False, repr=False)
-    image: Path | None = None
+    image: Path | Slice | None = None
 
     def __post_init__(self):
-        sources = tuple(as_uint8(image, f"source {i} of prompt {self.id}") for i, image in enumerate(self.sources))
-        object.__setattr__(self, "sources", sources)
+        if not isinstance(self.sources, Pictures):
+            sources = tuple(as_uint8(image, f"source {i} of prompt {self.id}") for i, image in enumerate(self.sources))
+            object.__setattr__(self, "sources", sources)
 
     @property
     def task(self) -> str:
@@ -45,39 +52,74 @@ class Prompt:
         return "edit" if self.sources else "t2i"
 
 
-def load_prompts(path: str | Path, check: Callable[[Prompt], None] | None = None) -> list[Prompt]:
+def load_prompts(
+    path: str | Path, check: Callable[[Prompt], None] | None = None, most_bad: float = 0.0
+) -> list[Prompt]:
     """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?, "sources"?,
-    "height"?, "width"?, "metadata"?, "image"?}.
+    "height"?, "width"?, "metadata"?, "image"?}; `.tar` (or a pattern, "shards/*.tar") webdataset's samples.
 
     Blank lines are skipped. "sources": the images of an edit, paths relative to the file. Without "id" a prompt's id
-    is its place among the prompts, from 0 (for an edit from FIRST_EDIT). `check` may refuse a prompt by a UserError.
-    Raises UserError for a file that is missing, unreadable or empty, for a bad line (with its number) and
-    for an id used twice.
+    is its place among the prompts, from 0 (for an edit from FIRST_EDIT). A record with "prompt" in place of "text" is another
+    system's: what else it has becomes metadata. Every source is decoded once here, on as many threads as there are cores.
+    `check` may refuse a prompt by a UserError. most_bad: share of the lines that may be left out, with a warning.
+    Raises UserError for a file that is missing, unreadable or empty, for bad lines (with their numbers) and for an id used
+    twice.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: a prompt file ends in .txt (one a line) or .jsonl (one object a line); rename it")
-    prompts: list[Prompt] = []
-    seen: dict[int, int] = {}
-    for number, line in read_lines(path, "prompt file"):
-        place = len(prompts)
-        with told_at(path, number):
-            prompt = Prompt(place, line) if path.suffix == ".txt" else _from_json(line, place, path.parent)
-            if check:
-                check(prompt)
-            if prompt.id in seen:
-                raise UserError(
-                    f"id {prompt.id} is taken by line {seen[prompt.id]}; give every prompt its own id, or none at all"
-                )
+    if path.suffix not in (".txt", ".jsonl", ".tar"):
+        raise UserError(
+            f"{path}: a prompt file ends in .txt (one a line), .jsonl (one object a line) or .tar (webdataset); rename it"
+        )
+
+    def made(numbered: tuple[int, tuple[int | str, Any]]) -> Prompt | UserError:
+        place, (number, line) = numbered
+        try:
+            with told_at(path, number):
+                prompt = MAKERS[path.suffix](line, place, path.parent)
+                if check:
+                    check(prompt)
+                return prompt
+        except UserError as error:
+            return error
+
+    lines = samples(path) if path.suffix == ".tar" else read_lines(path, "prompt file")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(made, enumerate(lines)))
+    bad = [own for own in found if isinstance(own, UserError)]
+    prompts, seen = [], {}
+    for (number, _), prompt in zip(lines, found, strict=True):
+        if isinstance(prompt, UserError):
+            continue
+        if prompt.id in seen:
+            problem = f"id {prompt.id} is taken by line {seen[prompt.id]}; give every prompt its own id, or none at all"
+            bad.append(UserError(f"{path}:{number}: {problem}"))
+            continue
         seen[prompt.id] = number
         prompts.append(prompt)
+    _tell(path, bad, len(lines), most_bad)
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")
     return prompts
 
 
+def _tell(path: Path, bad: Sequence[UserError], count: int, most: float) -> None:
+    """Raises UserError, or warns, of the lines that cannot be used."""
+    if not bad:
+        return
+    shown = "; ".join(map(str, bad[:SHOWN])) + (f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+    if len(bad) > most * count:
+        raise UserError(shown if len(bad) == 1 else f"{len(bad)} of {count} lines of {path} cannot be used: {shown}")
+    warnings.warn(f"{len(bad)} of {count} lines of {path} are left out: {shown}", stacklevel=3)
+
+
+def _from_text(line: str, place: int, folder: Path) -> Prompt:
+    return Prompt(place, line)
+
+
 def _from_json(line: str, place: int, folder: Path) -> Prompt:
     row = parse_object(line, EXAMPLE)
+    if "text" not in row and isinstance(row.get("prompt"), str):
+        row = {"text": row["prompt"], "metadata": {k: v for k, v in row.items() if k != "prompt"}}
     if not isinstance(row.get("text"), str) or not row["text"].strip():
         raise UserError(f'no "text"; write one object a line, such as {EXAMPLE}')
     if unknown := sorted(row.keys() - KEYS):
@@ -98,5 +140,16 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
     image = row.get("image")
     if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
         raise UserError(f'"image" is {image!r}; it must be the path of a file, relative to the prompt file')
-    images = tuple(read_image(folder / path) for path in paths)
-    return Prompt(number, row["text"].strip(), category, images, *sides, metadata, image and folder / image)
+    sources = Pictures([folder / path for path in paths])
+    list(sources)  # once: what cannot be decoded is refused here
+    return Prompt(number, row["text"].strip(), category, sources, *sides, metadata, image and folder / image)
+
+
+def _from_sample(row: dict, place: int, folder: Path) -> Prompt:
+    """A prompt of `qirl.data.tars.samples`."""
+    if not row["text"].strip():
+        raise UserError("no text: a sample has a .txt, or a .json with text, prompt or caption")
+    return Prompt(place, row["text"].strip(), metadata=row["metadata"], image=row["image"])
+
+
+MAKERS = {".txt": _from_text, ".jsonl": _from_json, ".tar": _from_sample}
