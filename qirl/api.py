@@ -32,11 +32,21 @@ def _text(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
+def _that_fits(kind: str, source: Source, overrides: dict[str, Any]) -> configuration.Section:
+    """The config of a training run. Raises UserError where it needs more than a GPU has, before any weight is read."""
+    from qirl.parallel.data import world_size
+    from qirl.plan import refuse_too_large
+
+    config = load_config(kind, source, **overrides)
+    refuse_too_large(config, world_size())
+    return config
+
+
 def pretrain(config: Source = None, quiet: bool = False, **overrides: Any) -> Path:
     """Trains a base model; returns its model folder. See `qirl pretrain`."""
     from qirl.pretraining import pretrain as run
 
-    return run(load_config("pretrain", config, **overrides), quiet).folder.path / "model"
+    return run(_that_fits("pretrain", config, overrides), quiet).folder.path / "model"
 
 
 def train(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
@@ -46,7 +56,7 @@ def train(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, *
     """
     from qirl.policy.trainer import train as run
 
-    return run(load_config("train", config, **overrides), rewards, quiet).folder.path / "model"
+    return run(_that_fits("train", config, overrides), rewards, quiet).folder.path / "model"
 
 
 def train_judge(config: Source, quiet: bool = False, **overrides: Any) -> Path:
@@ -80,7 +90,7 @@ def distill(config: Source, quiet: bool = False, **overrides: Any) -> Path:
     """Teaches one student from the config's teachers; returns its model folder. See `qirl distill`."""
     from qirl.distillation.trainer import distill as run
 
-    return run(load_config("distill", config, **overrides), quiet).folder.path / "model"
+    return run(_that_fits("distill", config, overrides), quiet).folder.path / "model"
 
 
 def evaluate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> dict:

@@ -129,15 +129,28 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = option(
         "float32", "compute dtype; bfloat16 keeps float32 weights beside"
     )
-    base: Literal["dtype", "float32"] = option(
+    base: Literal["dtype", "float32", "int8", "fp8"] = option(
         "dtype",
-        "dtype of weights that LoRA leaves frozen: that of `dtype`, or float32 beside bfloat16 as trained ones have",
+        "weights that LoRA leaves frozen: in `dtype`, in float32 beside bfloat16 as trained ones are, or the blocks' in 8 bits",
     )
     checkpointing: Literal["none", "attention", "block"] = option(
         "none", "what runs again in the backward instead of being kept: nothing, attention, or whole blocks"
     )
     architecture: Architecture = option(Architecture(), "size of a model that starts from nothing (pretrain)")
     lora: Lora = option(Lora(), "low-rank adapters instead of all parameters")
+
+    @model_validator(mode="after")
+    def _only_a_frozen_base_has_8_bits(self):
+        require(
+            self.base not in ("int8", "fp8") or self.lora.rank,
+            f"model.base={self.base} is for a base that LoRA leaves frozen; set model.lora.rank, or base=dtype",
+        )
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights that are trained are adapters alone, and the others have no float32 of their own."""
+        return bool(self.lora.rank) and self.base != "float32"
 
 
 class Optimizer(Section):

@@ -21,8 +21,9 @@ from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter
 from qirl.models.architecture import Transformer, recompute
 from qirl.models.folders import WORLD_FILE, find_model
-from qirl.models.lora import add_lora, merged_state
-from qirl.models.weights import Config, load_config, load_model, new_model, save_model
+from qirl.models.lora import add_lora, merged_state, with_base
+from qirl.models.quantised import LARGEST
+from qirl.models.weights import Config, load_config, load_model, new_model, read_weights, save_model
 from qirl.optim import Optimizer
 from qirl.parallel.data import Ranks, agree, shard, start
 from qirl.policy.weights import Weights
@@ -46,7 +47,8 @@ def model_config(config: Section, family: Family) -> Config:
 
 def build_model(config: Section, family: Family, device, master: torch.dtype) -> Transformer:
     if config.model.path is not None:
-        return load_model(find_model(config.model.path), master, device, variant=config.model.variant)
+        base = config.model.base if config.model.base in LARGEST else None
+        return load_model(find_model(config.model.path), master, device, variant=config.model.variant, base=base)
     model = new_model(model_config(config, family))
     initialise(model, config.run.seed)
     return model.to(device, master)
@@ -82,7 +84,7 @@ class Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
         model_config(config, family)
         lora = config.model.lora
-        frozen = bool(lora.rank) and config.model.base == "dtype"
+        frozen = config.model.frozen
 
         def build(device, master: torch.dtype) -> Transformer:
             model = build_model(config, family, device, DTYPES[config.model.dtype] if frozen else master)
@@ -267,6 +269,8 @@ class Engine:
             state = {k: whole(v) for k, v in self.model.state_dict().items()}
         if self.ranks.first:
             lora = self.config.model.lora
+            if self.config.model.base in LARGEST:
+                state = with_base(state, read_weights(find_model(self.config.model.path), self.config.model.variant))
             if lora.rank:
                 adapter = self.folder.path / "adapter"
                 save_adapter(state, lora, self.config.model.path, adapter)

@@ -6,19 +6,22 @@ training; rewards and the autoencoder are not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import yaml
 
 from qirl.config import (
+    KINDS,
     CalibrateConfig,
     CurateConfig,
     DistillConfig,
     EvaluateConfig,
     PretrainConfig,
     TrainConfig,
+    load,
     to_dict,
 )
 from qirl.config_sections import Flow, Section
@@ -28,11 +31,13 @@ from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.distillation.costs import distillation
 from qirl.engine import DTYPES, model_config
+from qirl.errors import UserError
 from qirl.families import Family, Sketched, targets_of
 from qirl.flow.rollout import with_negatives
 from qirl.models.architecture import Transformer, recompute
 from qirl.models.folders import find_model
 from qirl.models.lora import add_lora
+from qirl.models.quantised import LARGEST, quantise
 from qirl.models.weights import check_weights, new_model
 from qirl.packing import Target, cut, pack
 from qirl.policy.packs import Layout, Pair, lay_out
@@ -45,9 +50,11 @@ def meta_model(config: Section, world: World) -> Transformer:
     """The run's model on the meta device, with adapters, after its files' headers were checked."""
     with torch.device("meta"):
         model = new_model(model_config(config, world.family)).to(DTYPES[config.model.dtype])
+        if config.model.path is not None:
+            check_weights(model, find_model(config.model.path), config.model.variant)
+        if config.model.base in LARGEST and not isinstance(config, DRAWING):
+            quantise(model, config.model.base)
         recompute(model, config.model.checkpointing)
-    if config.model.path is not None:
-        check_weights(model, find_model(config.model.path), config.model.variant)
     lora = config.model.lora
     if lora.rank and not isinstance(config, DRAWING):
         with torch.device("meta"):
@@ -71,12 +78,13 @@ def plan(config: Section, world_size: int = 1) -> dict:
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trainable = 0 if isinstance(config, DRAWING) else trainable
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     work = {
         PretrainConfig: _pretrain, TrainConfig: _train, DistillConfig: distillation, EvaluateConfig: _evaluate,
         CurateConfig: _probe, CalibrateConfig: _probe,
     }[type(config)]  # fmt: skip
     tokens, flops, memory = work(config, world, model, world_size)
-    memory = {**_weights_memory(config, total, trainable, world_size), **memory}
+    memory = {**_weights_memory(config, total, trainable, frozen, world_size), **memory}
     return {
         "config": to_dict(config),
         "world_size": world_size,
@@ -99,21 +107,19 @@ def _plan_of_models(config: EvaluateConfig) -> dict:
     return max(plans.values(), key=lambda own: own["memory"]["total"]) | each | {"config": to_dict(config)}
 
 
-def _weights_memory(config: Section, total: int, trainable: int, ranks: int) -> dict[str, int]:
-    """Bytes of what stays all run long. Several ranks, or bfloat16 over float32: sharded, and gathered to compute."""
+def _weights_memory(config: Section, total: int, trainable: int, frozen: int, ranks: int) -> dict[str, int]:
+    """Bytes of what stays all run long; frozen: bytes of the weights that are not trained, in their own dtype. Several ranks, or bfloat16 over float32: sharded, and gathered to compute."""
     size = DTYPES[config.model.dtype].itemsize
     if isinstance(config, DRAWING):
         return {"weights": total * size}
     master = max(size, 4)
-    share = lambda count, each=master: -(-count * each // ranks)  # noqa: E731
-    base = size if config.model.lora.rank and config.model.base == "dtype" else master
+    share = lambda count: -(-count * master // ranks)  # noqa: E731
+    kept = -(-frozen // ranks) if config.model.frozen else share(total - trainable)
     parts = {
-        "weights": share(trainable) + share(total - trainable, base),
-        "gradients": share(trainable),
-        "optimizer": 2 * share(trainable),
-    }
+        "weights": share(trainable) + kept, "gradients": share(trainable), "optimizer": 2 * share(trainable),
+    }  # fmt: skip
     parts |= {f"copy: {name}": share(trainable) for name in _copies(config)}
-    gathered = ranks > 1 or config.model.dtype == "bfloat16" and base == master
+    gathered = ranks > 1 or config.model.dtype == "bfloat16" and not config.model.frozen
     return parts | ({"gathered weights": total * size} if gathered else {})
 
 
@@ -260,6 +266,65 @@ def _probe(config: CurateConfig | CalibrateConfig, world: World, model: Transfor
     return {"probe": tokens}, {"probe": sum((flops for _, flops in found), Flops())}, {}
 
 
+def gpu_memory() -> int | None:
+    """Bytes of this rank's GPU, None without one."""
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if torch.cuda.is_available()
+        else None
+    )
+
+
+def refuse_too_large(config: Section, ranks: int) -> None:
+    """Raises UserError, with settings that would fit, where a run needs more than a GPU has."""
+    room = gpu_memory()
+    if room is None:
+        return
+    need = plan(config, ranks)["memory"]["total"]
+    if need > room:
+        raise UserError(
+            f"this run needs about {_unit(need, 1024)}B on each GPU (--dry-run lists them), which has {_unit(room, 1024)}B; "
+            f"{_advice(config, ranks, room)}"
+        )
+
+
+def _advice(config: Section, ranks: int, room: int) -> str:
+    """The first of some settings, one added to the other, with which a run fits."""
+    values, told = to_dict(config), []
+    for name, value in _remedies(config):
+        *sections, last = name.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+        told.append(f"{name}={value}")
+        try:
+            if plan(load(_kind(config), values), ranks)["memory"]["total"] <= room:
+                return f"set {' '.join(told)}"
+        except UserError:  # below one sample
+            place[last] = 2 * value
+            told.pop()
+    return "use more ranks, or a recipe for a smaller GPU"
+
+
+def _kind(config: Section) -> str:
+    return next(kind for kind, schema in KINDS.items() if type(config) is schema)
+
+
+def _remedies(config: Section) -> Iterator[tuple[str, Any]]:
+    if config.model.checkpointing != "block":
+        yield "model.checkpointing", "block"
+    section = {TrainConfig: "policy", DistillConfig: "distill", PretrainConfig: "pretrain"}[type(config)]
+    tokens = getattr(config, section).micro_tokens
+    for _ in range(5):
+        tokens //= 2
+        yield f"{section}.micro_tokens", tokens
+    if config.model.lora.rank:
+        yield "model.base", "int8"
+    elif config.model.path is not None:
+        yield "model.lora.rank", 32
+
+
 def print_plan(config: Section, world_size: int = 1) -> None:
     """The plan on standard output: the config as YAML, then one line a number."""
     found = plan(config, world_size)
@@ -273,6 +338,14 @@ def print_plan(config: Section, world_size: int = 1) -> None:
         shares = f"{numbers['matmul'] / max(1, numbers['total']):.0%} linear layers, rest attention"
         rows.append((f"FLOPs of {phase}{per_step}", f"{_unit(numbers['total'], 1000)}FLOP ({shares})"))
     rows += [(f"memory per rank, {name}", f"{_unit(size, 1024)}B") for name, size in found["memory"].items()]
+    if (room := gpu_memory()) is not None:
+        need = found["memory"]["total"]
+        fits = (
+            "enough"
+            if need <= room or isinstance(config, DRAWING)
+            else f"too little; {_advice(config, world_size, room)}"
+        )
+        rows.append(("memory of this GPU", f"{_unit(room, 1024)}B: {fits}"))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
     print("FLOPs: 2 x weights x tokens of linear layers + 4 x width x (query, key) pairs; backward counts twice.")

@@ -6,11 +6,18 @@ from safetensors.torch import load_file
 from tiny_runs import colours, train_config
 from torch.distributed._tools.mem_tracker import MemTracker
 
+import qirl
+from qirl import plan as planning
 from qirl.costs import activation_bytes
+from qirl.errors import UserError
+from qirl.models.adapter_files import read_adapter
 from qirl.models.architecture import recompute
+from qirl.models.quantised import FrozenLinear
 from qirl.models.qwen_image import QwenImage, QwenImageConfig
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.models.weights import load_model, save_model
 from qirl.packing import Condition, Target, pack
+from qirl.plan import plan
 from qirl.policy.packs import Layout
 from qirl.policy.trainer import open_trainer, train
 
@@ -100,3 +107,78 @@ def test_a_run_with_activation_checkpointing_trains_to_the_same_weights(tmp_path
         train(config, [colours], quiet=True)
         found.append((tmp_path / mode / "model/diffusion_pytorch_model.safetensors").read_bytes())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind, error", [("int8", 0.01), ("fp8", 0.04)])
+def test_a_base_in_8_bits_is_near_the_true_one_and_its_gradients_are_those_of_what_it_stands_for(
+    tmp_path, name, kind, error
+):
+    config = MODELS[name][1]
+    whole, folder = MODELS[name][0](config).double(), tmp_path / "model"
+    save_model(config, whole.state_dict(), folder)
+    rounded = load_model(folder, torch.float64, base=kind)
+    _, _, body, x, t = inputs(MODELS[name][2], tokens=4)
+    x = x.double().requires_grad_()
+    true, v = whole(body, x, t), rounded(body, x, t)
+    assert 0 < float((v - true).norm() / true.norm()) < error
+    layers = [m for m in rounded.modules() if isinstance(m, FrozenLinear)]
+    assert len(layers) > 30 and {m.weight.element_size() for m in layers} == {1}
+    state = dict(whole.state_dict())
+    state |= {f"{n}.weight": m.whole(torch.float64) for n, m in rounded.named_modules() if isinstance(m, FrozenLinear)}
+    whole.load_state_dict(state)
+    torch.testing.assert_close(whole(body, x, t), v, rtol=1e-12, atol=1e-12)
+    (a,), (b,) = (torch.autograd.grad(m(body, x, t).square().sum(), x) for m in (whole, rounded))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_run_on_a_base_in_8_bits_exports_its_adapters_over_the_weights_of_the_file(tmp_path, tiny_model, kind):
+    config = train_config(tmp_path / "run", tiny_model, LORA, {"model": {"base": kind}})
+    train(config, [colours], quiet=True)
+    before, after = (load_file(p / "diffusion_pytorch_model.safetensors") for p in (tiny_model, tmp_path / "run/model"))
+    adapter = read_adapter(tmp_path / "run/adapter")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if low := adapter.matrices.get(name.removesuffix(".weight")):
+            value = (value.double() + low.scale * low.b.double() @ low.a.double()).to(value.dtype)
+        assert torch.equal(after[name], value), name
+    planned = plan(config)["memory"]["weights"]
+    assert (
+        planned
+        < plan(config.model_copy(update={"model": config.model.model_copy(update={"base": "dtype"})}))["memory"][
+            "weights"
+        ]
+    )
+
+
+def test_8_bits_are_for_frozen_weights(tmp_path, tiny_model):
+    with pytest.raises(UserError, match="model.base=int8 is for a base that LoRA leaves frozen; set model.lora.rank"):
+        train_config(tmp_path, tiny_model, {"model": {"base": "int8"}})
+
+
+@pytest.mark.parametrize(
+    "parts, room, advice",
+    [
+        ({}, 10**9, None),
+        ({}, 0.7, "set model.checkpointing=block$"),
+        ({}, 0.45, "set model.checkpointing=block policy.micro_tokens="),
+        (LORA, 1e-6, "use more ranks, or a recipe for a smaller GPU"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_told_before_loading_with_what_would_fit(
+    tmp_path, tiny_model, monkeypatch, capsys, parts, room, advice
+):
+    config = train_config(
+        tmp_path / "run", tiny_model, {"policy": {"micro_tokens": 3000, "prompts": 8, "group": 6}}, parts
+    )
+    need = plan(config)["memory"]["total"]
+    monkeypatch.setattr(planning, "gpu_memory", lambda: int(need * room))
+    if advice is None:
+        planning.refuse_too_large(config, 1)
+    else:
+        with pytest.raises(UserError, match=f"this run needs about .*iB on each GPU .*, which has .*; {advice}"):
+            qirl.train(config.model_dump(mode="json", exclude_unset=True), [colours], quiet=True)
+        assert not (tmp_path / "run").exists()
+    planning.print_plan(config)
+    assert ("too little" in capsys.readouterr().out) == bool(advice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -69,6 +69,16 @@ def adapter_off(model: nn.Module):
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def with_base(state: dict[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The adapters of a state dict over `weights` of the base as its file has them, in place of the state's own."""
+    found = {name: value for name, value in state.items() if ".lora_" in name}
+    for name, value in weights:
+        stem, _, kind = name.rpartition(".")
+        adapted = f"{stem}.base_layer.{kind}"
+        found[adapted if adapted in state else name] = value
+    return found
 
 
 def merged_state(state: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:

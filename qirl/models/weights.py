@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qirl.errors import UserError
 from qirl.models.architecture import Transformer
+from qirl.models.quantised import FrozenLinear, quantise
 from qirl.models.qwen_image import QwenImage, QwenImageConfig
 from qirl.models.qwen_image_21 import MakeLinear, QwenImage21, QwenImage21Config
 from qirl.models.weight_files import NAME, entry_file, is_index, saved_files, weight_files
@@ -60,19 +61,25 @@ def load_model(
     device="cpu",
     make_linear: MakeLinear | None = None,
     variant: str | None = None,
+    base: str | None = None,
 ) -> Transformer:
-    """A model with the weights of a diffusers folder. variant: see `weight_files`.
+    """A model with the weights of a diffusers folder. variant: see `weight_files`. base: "int8" or "fp8" for blocks that are
+    never trained (`quantised`).
 
     Raises UserError for missing, truncated or misfit files and for weights that are not finite.
     """
     with torch.device("meta"):
         model = new_model(load_config(folder), make_linear)
     check_weights(model, folder, variant)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    if base:
+        quantise(model, base)
+    model = model.to_empty(device=device)
     wanted = model.state_dict()
+    fills = {f"{name}.weight": m.fill for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
     for name, value in read_weights(folder, variant):
         with torch.no_grad():
-            wanted[name].copy_(value)
+            fills.get(name, wanted[name].copy_)(value)
     return model
 
 
