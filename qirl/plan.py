@@ -43,6 +43,7 @@ from qirl.packing import Target, cut, pack
 from qirl.policy.packs import Layout, Pair, lay_out
 from qirl.world import World, make_world
 
+ENCODER, PHASES = "text encoder, before all else", ("activations", "keys and values in the rollout")
 DRAWING = (EvaluateConfig, CurateConfig, CalibrateConfig)  # commands that train nothing
 
 
@@ -85,14 +86,23 @@ def plan(config: Section, world_size: int = 1) -> dict:
     }[type(config)]  # fmt: skip
     tokens, flops, memory = work(config, world, model, world_size)
     memory = {**_weights_memory(config, total, trainable, frozen, world_size), **memory}
+    if encoder := world.family.encoder_bytes():
+        memory[ENCODER] = encoder
     return {
         "config": to_dict(config),
         "world_size": world_size,
         "parameters": {"total": total, "trainable": trainable},
         "tokens": tokens,
         "flops": {name: (count * world_size).as_dict() for name, count in flops.items()},
-        "memory": {**memory, "total": sum(size for name, size in memory.items() if not name.startswith("host"))},
+        "memory": {**memory, "total": _peak(memory)},
     }
+
+
+def _peak(memory: dict[str, int]) -> int:
+    """Bytes at once: what stays, and the larger of rollout and update; or the text encoder, which runs before all of it."""
+    phases = [memory.get(name, 0) for name in PHASES]
+    stays = sum(size for name, size in memory.items() if not name.startswith("host") and name not in (*PHASES, ENCODER))
+    return max(stays + max(phases), memory.get(ENCODER, 0))
 
 
 def _plan_of_models(config: EvaluateConfig) -> dict:
@@ -162,7 +172,7 @@ def _train(config: TrainConfig, world: World, model: Transformer, ranks: int):
     sampler = PromptSampler(world.data.prompts("train", config.world.prompts), config.run.seed)
     chosen = sampler.step(0, policy.prompts)
     prompts = [chosen[slot][0] for slot in slots]
-    rolled, rollout = _rollout(model, world.family, prompts, policy.group, flow, flow.rollout_tokens)
+    rolled, rollout, past = _rollout(model, world.family, prompts, policy.group, flow, flow.rollout_tokens)
     size = policy.prompts // policy.minibatches
     shares = [[i for i, slot in enumerate(slots) if slot // size == m] for m in range(policy.minibatches)]
     layouts = [layout for share in shares for layout in _layouts(config, world.family, [prompts[i] for i in share])]
@@ -180,6 +190,7 @@ def _train(config: TrainConfig, world: World, model: Transformer, ranks: int):
     memory = {
         "kept states": _kept_bytes(config, world.family, prompts),
         "activations": activation_bytes(model, layouts[place], largest),
+        PHASES[1]: past,
     }
     everything = [b for own in bodies for b in own]
     prefix = layouts[place].prefix("cpu").tokens if layouts[place].seam else None
@@ -219,7 +230,8 @@ def _kept_bytes(config: TrainConfig, family: Family, prompts: Sequence[Prompt]) 
 
 
 def _rollout(model: Transformer, family: Family, prompts, group: int, flow: Flow, budget: int, whole=False):
-    """Batches and FLOPs of sampling `group` images per prompt; whole: a prompt's images stay in one batch."""
+    """Batches, FLOPs and bytes of the prefixes' keys and values of sampling `group` images per prompt; whole: a prompt's
+    images stay in one batch."""
     guided = flow.guidance != 1
     twice, targets = 2 if guided else 1, targets_of(family, prompts, 1 if whole else group)
     costs = [t.tokens * twice * (group if whole else 1) for t in targets]
@@ -237,19 +249,21 @@ def _rollout(model: Transformer, family: Family, prompts, group: int, flow: Flow
         bodies.append(body)
         prefill = forward_flops(model.config, pack(everything, []))
         flops += prefill + forward_flops(model.config, body.without_prefix()) * flow.steps
-    return describe_packs(bodies), flops
+    kept = max(body.prefix_tokens for body in bodies) * 2 * model.config.num_layers * model.config.width
+    return describe_packs(bodies), flops, kept * model.dtype.itemsize
 
 
 def _evaluate(config: EvaluateConfig, world: World, model: Transformer, ranks: int):
     options = config.evaluation
     sampler = PromptSampler(world.data.prompts("held_out", config.world.prompts), options.seed)
     prompts = [p for p, _ in sampler.step(0, options.prompts)]
-    tokens, flops = {}, {}
+    tokens, flops, kept = {}, {}, 0
     for guidance in options.guidance:
         flow = config.flow.model_copy(update={"steps": options.steps, "guidance": guidance})
-        found = _rollout(model, world.family, prompts, options.group, flow, options.batch_tokens, whole=True)
+        *found, past = _rollout(model, world.family, prompts, options.group, flow, options.batch_tokens, whole=True)
         tokens[f"guidance {guidance:g}"], flops[f"guidance {guidance:g}"] = found
-    return tokens, flops, {}
+        kept = max(kept, past)
+    return tokens, flops, {PHASES[1]: kept}
 
 
 def _probe(config: CurateConfig | CalibrateConfig, world: World, model: Transformer, ranks: int):
@@ -260,10 +274,14 @@ def _probe(config: CurateConfig | CalibrateConfig, world: World, model: Transfor
         _rollout(model, world.family, [prompts[i] for i in run], probe.group, flow, flow.rollout_tokens)
         for run in batches(config, world.family, prompts)
     ]
-    numbers = [own for own, _ in found]
+    numbers = [own for own, *_ in found]
     largest = max(numbers, key=lambda own: own["prefix"] + own["targets"])
     tokens = largest | {name: sum(own[name] for own in numbers) for name in ("packs", "tokens")}
-    return {"probe": tokens}, {"probe": sum((flops for _, flops in found), Flops())}, {}
+    return (
+        {"probe": tokens},
+        {"probe": sum((flops for _, flops, _ in found), Flops())},
+        {PHASES[1]: max(past for *_, past in found)},
+    )
 
 
 def gpu_memory() -> int | None:

@@ -132,6 +132,7 @@ def test_conditions_are_made_once_and_read_from_disk_afterwards(folders, monkeyp
     "kind, prompt, message",
     [
         (T1, Prompt(0, "x", sources=(picture(40, 40),)), "has 1 source images, .* takes 0"),
+        (T1, Prompt(0, "7 " * 1100), r"has \d+ tokens, QwenImagePipeline reads 1024; shorten it"),
         (EDIT, Prompt(0, "x"), "has 0 source images, .* takes 1"),
         (PLUS, Prompt(0, "x", sources=(picture(40, 40),) * 11), "has 11 source images, .* takes 1 to 10"),
         (T21, Prompt(0, "x", sources=(picture(4, 900),)), "source 1 of 'x' has 900 x 4 pixels, which is too thin"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from bright import bright
+from openai_server import MODEL, Server
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import pipeline, save_pipeline
@@ -289,3 +290,61 @@ def test_a_run_goes_on_after_its_pipeline_moved_where_it_is_named(folders, promp
         qirl.evaluate(own, [bright], quiet=True)
     own["model"]["pipeline"] = str(tmp_path / "elsewhere")
     assert qirl.evaluate(own, [bright], quiet=True)["1"]["rewards"]["bright"] > 0
+
+
+class Bright:
+    """A judge that scores by brightness: what `openai_server.Server` answers."""
+
+    def write(self, body, images):
+        return "it is bright</think>", True
+
+    def tokens(self, body, images):
+        from math import log
+
+        share = float(images[-1].mean() / 255)
+        return {"5": log(share + 1e-9), "1": log(1 - share + 1e-9)}
+
+
+@pytest.mark.parametrize("kind", [T21, PLUS])
+def test_an_edit_pipeline_trains_with_a_judge_over_http(folders, prompts, tmp_path, kind):
+    """The judge is shown sources and image; its expectation over the five digits is the reward."""
+    with Server(Bright()) as server:
+        judge = {
+            "kind": "judge",
+            "servers": [server.address],
+            "model": MODEL,
+            "rubric": "edit_instruction",
+            "chains": 2,
+        }
+        config = values(
+            folders(kind), prompts["edit"], tmp_path / "run", RL, {"rewards": {"bright": judge}, "run": {"steps": 2}}
+        )
+        qirl.train(config, quiet=True)
+        shown = [sum(part["type"] == "image_url" for part in _parts(body)) for body in server.requests]
+    assert set(shown) == {2, 3}  # one or two sources, then the image
+    rows = list(read(tmp_path / "run/scores.jsonl"))
+    assert len(rows) == 2 * 4 * 3 and all(0 < row["scores"]["bright"] < 1 for row in rows)
+    notes = [json.loads(p.read_text()) for p in (tmp_path / "run/checkpoints").rglob("extra.json")]
+    assert notes and all(own["notes"]["noise"]["bright"][1] > 0 for own in notes)
+
+
+def _parts(body):
+    return [part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]]
+
+
+def test_a_name_of_the_hub_is_found_in_the_local_cache_and_else_told(folders, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from qirl.models.folders import find_model, local
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = cache / "models--someone--tiny"
+    shutil.copytree(folders(T21), repository / "snapshots/abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc123")
+    assert local("hf://someone/tiny") == repository / "snapshots/abc123"
+    assert find_model("hf://someone/tiny@main") == repository / "snapshots/abc123/transformer"
+    with pytest.raises(UserError, match="hf://someone/other is not in the local cache and cannot be fetched"):
+        local("hf://someone/other")

@@ -151,7 +151,11 @@ def test_memory_of_weights_states_and_copies(tiny_model, tmp_path):
     assert memory["optimizer"] == 2 * weights
     transitions = sum(x.nbytes for kept in exp.kept.values() for x in (kept.x, kept.x_next, kept.v))
     assert memory["kept states"] == sum(x.nbytes for x in exp.x0) + transitions
-    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+    phases = memory["activations"], memory["keys and values in the rollout"]
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total") - min(phases)
+    own = sorted({t.prompt for t in exp.targets})  # one batch holds them all
+    past = trainer.engine.model(pack([exp.conditions[i] for i in own], []))
+    assert memory["keys and values in the rollout"] == sum(x.nbytes for pair in past for x in pair)
 
 
 def test_ranks_share_weights_and_prompts(tiny_model, tmp_path):

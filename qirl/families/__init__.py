@@ -63,6 +63,9 @@ class Family(Protocol):
     def prepare(self, prompts: Sequence[Prompt], negatives: bool) -> None:
         """Makes the conditions of prompts, and with `negatives` of their twins, before a transformer needs the memory."""
 
+    def encoder_bytes(self) -> int:
+        """Bytes of the text encoder, which is on the device before the transformer is; 0 where there is none."""
+
     def facts(self) -> dict[str, Any]:
         """What a model folder must say for the family to be found again."""
 

@@ -94,5 +94,8 @@ class Digits:
     def prepare(self, prompts: Sequence[Prompt], negatives: bool) -> None:
         """Nothing to do: words are looked up."""
 
+    def encoder_bytes(self) -> int:
+        return 0
+
     def facts(self) -> dict[str, Any]:
         return {"world": self.name, "text_dim": self.text_dim}

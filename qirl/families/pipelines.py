@@ -93,20 +93,20 @@ class PipelineFamily:
                 if self.least_sources == self.most_sources
                 else f"{self.least_sources} to {self.most_sources}"
             )
-            raise UserError(f"prompt '{_short(prompt.text)}' has {count} source images, {self.folder} takes {wanted}")
+            raise UserError(f"prompt '{short(prompt.text)}' has {count} source images, {self.folder} takes {wanted}")
         for number, source in enumerate(prompt.sources, start=1):
             height, width = source.shape[:2]
             if min(dimensions(self.resolution**2, width / height)) < 32 or max(height, width) > 200 * min(
                 height, width
             ):
                 raise UserError(
-                    f"source {number} of '{_short(prompt.text)}' has {width} x {height} pixels, which is too thin to be edited "
+                    f"source {number} of '{short(prompt.text)}' has {width} x {height} pixels, which is too thin to be edited "
                     f"at world.resolution={self.resolution}; crop it"
                 )
         for name, side in (("height", prompt.height), ("width", prompt.width)):
             if side is not None and self._floor(side) < self.pixels:
                 raise UserError(
-                    f"{name}={side} of '{_short(prompt.text)}' is below one token of {self.pixels} pixels; raise it"
+                    f"{name}={side} of '{short(prompt.text)}' is below one token of {self.pixels} pixels; raise it"
                 )
 
     def fits(self, config) -> None:
@@ -147,6 +147,12 @@ class PipelineFamily:
 
     def architecture(self, options) -> Any:
         raise UserError("model.path is missing: this family trains published models, so name a pipeline's folder")
+
+    def encoder_bytes(self) -> int:
+        """Of its files, as if all were in the dtype that they are loaded in from 16 bits."""
+        size = sum(path.stat().st_size for path in (self.folder / "text_encoder").glob("*.safetensors"))
+        stated = read_json(self.folder / "text_encoder/config.json").get("dtype", "bfloat16")
+        return size * self.dtype.itemsize // (4 if stated == "float32" else 2)
 
     def facts(self) -> dict[str, Any]:
         return {"family": self.name, "pipeline": str(self.folder.resolve())}
@@ -380,5 +386,5 @@ def _diffusers() -> str:
     return diffusers.__version__
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."

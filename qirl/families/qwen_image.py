@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from qirl.config_sections import Model
 from qirl.config_sections import World as Options
-from qirl.families.pipelines import INDEX, PipelineFamily, dimensions, read_json
+from qirl.data.prompts import Prompt
+from qirl.errors import UserError
+from qirl.families.pipelines import INDEX, PipelineFamily, dimensions, read_json, short
 from qirl.families.vision_language import TextAndImages
 from qirl.packing import Condition
 
+LONGEST = 1024  # tokens of a prompt of QwenImagePipeline
 EDIT_AREA = 1024 * 1024  # pixels of a source in QwenImageEditPipeline, whatever is drawn
 PIPELINES = {  # class: sources at least and at most
     "QwenImagePipeline": (0, 0),
@@ -41,11 +45,10 @@ class QwenImageFamily(PipelineFamily):
 
     def _assembled(self, vae):
         import diffusers
-        from transformers import AutoTokenizer
 
         parts = dict(
             scheduler=None, transformer=None, text_encoder=None, vae=vae,
-            tokenizer=AutoTokenizer.from_pretrained(self.folder / "tokenizer"),
+            tokenizer=self._tokenizer(),
         )  # fmt: skip
         if self.most_sources:
             parts["processor"] = TextAndImages.load(self.folder / "processor")
@@ -62,6 +65,27 @@ class QwenImageFamily(PipelineFamily):
         references = tuple(self.encode_image(s, *size) for s, size in zip(sources, sizes, strict=True))
         blocks = [("image", h // self.pixels, w // self.pixels) for h, w in sizes]
         return Condition(states[0].cpu(), references, (("text", states.shape[1]), *blocks), self.shared)
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises UserError for text that the pipeline would cut off, too."""
+        super().check(prompt)
+        if not self.most_sources:
+            tokens = len(self._tokenizer()(prompt.text)["input_ids"])
+            if tokens > LONGEST:
+                raise UserError(
+                    f"prompt '{short(prompt.text)}' has {tokens} tokens, {self.pipeline} reads {LONGEST}; shorten it"
+                )
+
+    @lru_cache(1)  # noqa: B019 - a family lives as long as its run
+    def _tokenizer(self):
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / 'tokenizer'} holds no tokenizer ({error}); copy the pipeline whole"
+            ) from None
 
     def _sizes(self, sources: Sequence[np.ndarray]) -> tuple[list, list]:
         """(height, width) in pixels at which the encoder sees the sources, and at which they become latents."""
