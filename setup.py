@@ -52,6 +52,7 @@ TEST = [
     "rapidocr",
     "starlette",
     "tensorboard",
+    "torchao>=0.18",
     "torchmetrics",
     "uvicorn",
 ]
@@ -81,6 +82,8 @@ setup(
     ],
     extras_require={
         "lora": ["peft"],
+        "pipelines": ["diffusers>=0.42", "transformers", "accelerate", "peft"],
+        "torchao": ["torchao>=0.18"],
         "rewards": [
             "transformers",
             "accelerate",

@@ -154,6 +154,9 @@ class Model(Section):
 
 
 class Optimizer(Section):
+    kind: Literal["adamw", "adamw_8bit"] = option(
+        "adamw", "adamw_8bit keeps both moments in 8 bits, by torchao; on one rank"
+    )
     lr: float = option(2e-4, "AdamW learning rate after warm-up", gt=0)
     warmup: int = option(0, "steps of linear warm-up", ge=0)
     decay: Literal["none", "cosine"] = option(

@@ -154,6 +154,10 @@ def _diffusers() -> str:
     return _found("diffusers", "diffusers", "pip install diffusers")
 
 
+def _torchao() -> str:
+    return _found("torchao", "torchao", "pip install qirl[torchao]")
+
+
 def _judges() -> str:
     return _found("transformers", "transformers", "pip install qirl[rewards]")
 
@@ -187,9 +191,10 @@ _PARTS = (
     ("DALI", _dali, "nothing today: images are decoded by Pillow"),
     ("NCCL, gloo", _collectives, "one process only; NCCL is what several GPUs need"),
     ("peft", _peft, "no LoRA; full-parameter training works"),
+    ("torchao", _torchao, "no AdamW in 8 bits"),
     ("transformers", _judges, "no judges of your own, no CLIP rewards; judges behind a server work"),
     ("scorer server", _server, "no `qirl reward serve`"),
     ("rapidocr", _ocr, "no OCR reward"),
     ("OpenCV", _faces, "no face identity by YuNet and SFace"),
-    ("diffusers", _diffusers, "no comparison with its modules; checkpoints load and save without it"),
+    ("diffusers", _diffusers, "no training on pipelines; the miniature and checkpoints do without it"),
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from qirl.config_sections import Optimizer as Options
+from qirl.errors import UserError
 from qirl.run.checkpoint import adam_tensors
 
 
@@ -18,7 +20,8 @@ class Optimizer:
     def __init__(self, model: torch.nn.Module, options: Options, total_steps: int):
         self.options, self.total = options, total_steps
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.adam = torch.optim.AdamW(
+        kind = _eight_bits(self.named.values()) if options.kind == "adamw_8bit" else torch.optim.AdamW
+        self.adam = kind(
             self.named.values(), lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
         )
 
@@ -32,7 +35,10 @@ class Optimizer:
     def step(self, step: int) -> tuple[float, bool]:
         """Clips and applies the gradients, then clears them: (gradient norm, skipped)."""
         for group in self.adam.param_groups:
-            group["lr"] = self.lr(step)
+            if isinstance(group["lr"], torch.Tensor):  # what is compiled reads it there
+                group["lr"].fill_(self.lr(step))
+            else:
+                group["lr"] = self.lr(step)
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.options.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         skipped = not math.isfinite(norm)
@@ -46,3 +52,14 @@ class Optimizer:
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The moments and step counts by parameter name, to save or to load into."""
         return adam_tensors(self.adam, {p: name for name, p in self.named.items()})
+
+
+def _eight_bits(parameters: Iterable[torch.Tensor]) -> type[torch.optim.Optimizer]:
+    """torchao's AdamW. Raises UserError without torchao, and for weights that are sharded."""
+    if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters):
+        raise UserError("optimizer.kind=adamw_8bit runs on one rank; several share the moments: use adamw")
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(f"optimizer.kind=adamw_8bit needs torchao ({error}): pip install 'qirl[torchao]'") from None
+    return AdamW8bit

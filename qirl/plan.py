@@ -126,11 +126,18 @@ def _weights_memory(config: Section, total: int, trainable: int, frozen: int, ra
     share = lambda count: -(-count * master // ranks)  # noqa: E731
     kept = -(-frozen // ranks) if config.model.frozen else share(total - trainable)
     parts = {
-        "weights": share(trainable) + kept, "gradients": share(trainable), "optimizer": 2 * share(trainable),
+        "weights": share(trainable) + kept, "gradients": share(trainable), "optimizer": _moments(config, trainable, ranks),
     }  # fmt: skip
     parts |= {f"copy: {name}": share(trainable) for name in _copies(config)}
     gathered = ranks > 1 or config.model.dtype == "bfloat16" and not config.model.frozen
     return parts | ({"gathered weights": total * size} if gathered else {})
+
+
+def _moments(config: Section, trainable: int, ranks: int) -> int:
+    """Bytes of AdamW's two moments; in 8 bits with a float32 scale for every 256 of them."""
+    if config.optimizer.kind == "adamw_8bit":
+        return 2 * (trainable + 4 * (trainable // 256))
+    return 2 * -(-trainable * max(DTYPES[config.model.dtype].itemsize, 4) // ranks)
 
 
 def _copies(config: PretrainConfig | TrainConfig | DistillConfig) -> list[str]:

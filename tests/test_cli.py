@@ -67,7 +67,7 @@ KEYS = {
     "scoring": "workers timeout retries backoff",
     "composition": "layers failing cap gates gated",
     "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
-    "optimizer": "lr warmup decay betas eps weight_decay clip ema max_skipped",
+    "optimizer": "kind lr warmup decay betas eps weight_decay clip ema max_skipped",
     "guidance": "scope form",
     "policy": "loss prompts group refill",
     "policy.timesteps": "count power skip_last",

@@ -182,3 +182,36 @@ def test_a_gpu_that_is_too_small_is_told_before_loading_with_what_would_fit(
         assert not (tmp_path / "run").exists()
     planning.print_plan(config)
     assert ("too little" in capsys.readouterr().out) == bool(advice)
+
+
+EIGHT = {"optimizer": {"kind": "adamw_8bit"}, "run": {"steps": 4, "checkpoint_every": 2}}
+
+
+def test_moments_in_8_bits_train_and_continue_bit_for_bit(tmp_path, tiny_model):
+    """Layers of 4,096 weights on have moments of one byte each; a run that stopped in step 3 ends as one that did not."""
+    whole = train_config(tmp_path / "whole", tiny_model, EIGHT)
+    engine = train(whole, [colours], quiet=True)
+    state = engine.optimizer.adam.state
+    small = [s for p, s in state.items() if p.numel() >= 4096]
+    assert small and all(s["exp_avg"].codes.dtype == torch.uint8 for s in small)
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(samples):
+        if samples[0].id >= 3 * 4 * 3:
+            raise Stopped
+        return colours(samples)
+
+    again = train_config(tmp_path / "again", tiny_model, EIGHT, {"scoring": {"retries": 0}})
+    with pytest.raises(UserError):
+        train(again, [stopping], quiet=True)
+    assert len(list((tmp_path / "again/checkpoints").glob("step_*"))) == 1
+    train(again, [colours], quiet=True)
+    bits = [(tmp_path / run / "model/diffusion_pytorch_model.safetensors").read_bytes() for run in ("whole", "again")]
+    assert bits[0] == bits[1]
+    plans = [
+        plan(train_config(tmp_path, tiny_model, {"optimizer": {"kind": kind}}))["memory"]["optimizer"]
+        for kind in ("adamw", "adamw_8bit")
+    ]
+    assert plans[1] < 0.26 * plans[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,9 @@ class PipelineFamily:
     least_sources = 0
 
     def __init__(self, folder: Path, options: Options, model: Model):
+        for package in ("diffusers", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"{folder} needs {package}: pip install 'qirl[pipelines]'")
         self.folder, self.resolution, self.unconditional = folder, options.resolution, options.negative
         self.dtype, self.device = DTYPES[model.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.vae_config = read_json(folder / "vae/config.json")

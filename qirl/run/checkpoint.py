@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from qirl.errors import UserError
 from qirl.run.folder import write_json
@@ -107,12 +108,21 @@ def adam_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Param
             if not state:
                 device = parameter.device if group.get("capturable") or group.get("fused") else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                # torchao's has moments of its own kind, the first of them with a sign
+                new = getattr(optimizer, "_new_buffer", lambda p, signed: torch.zeros_like(p))
+                state["exp_avg"], state["exp_avg_sq"] = new(parameter, True), new(parameter, False)
                 if group.get("amsgrad"):
                     state["max_exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            found[names[parameter]] = dict(state)
+            found[names[parameter]] = {part: own for name, value in state.items() for part, own in _inner(name, value)}
     return found
+
+
+def _inner(name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A tensor by its name; one of torchao's, here or as the local part, by those that it is made of."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if not hasattr(local, "__tensor_flatten__"):
+        return [(name, value)]
+    return [(f"{name}.{part}", getattr(local, part)) for part in local.__tensor_flatten__()[0]]
 
 
 def flatten(tensors: Mapping[Any, Any], prefix: str = "") -> dict[str, torch.Tensor]:
