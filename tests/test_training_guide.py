@@ -84,3 +84,11 @@ def test_a_recipe_is_whole_and_plans_on_a_small_pipeline(folder, name, tmp_path)
     assert found["memory"]["activations"] > 0 and (
         found["parameters"]["trainable"] == found["parameters"]["total"]
     ) == ("full" in task)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (configs() / "presets").glob("*.yaml")))
+def test_the_settings_of_other_trainers_are_whole_and_plan(folder, name, tmp_path):
+    pipeline = save_pipeline(tmp_path / "pipeline", "QwenImagePipeline")
+    small = [f"model.path={pipeline}", f"world.prompts={folder / 'prompts.jsonl'}", "world.resolution=64"]
+    found = plan(configuration.load("train", configs() / f"presets/{name}.yaml", small), 2)
+    assert found["tokens"]["update"]["pairs"] > 0 and f"presets/{name}" in GUIDE
