@@ -84,6 +84,9 @@ class World(Section):
         "side in pixels of the images of prompts without a size of their own; edits take their last source's shape",
         ge=64,
     )
+    categories: str | None = option(
+        None, "YAML file of categories and the patterns of their prompts, for prompts that name no category"
+    )
     max_bad: float = option(0.0, "share of the prompt file's lines that may be left out as unusable", ge=0, lt=1)
     negative: str = option(" ", "prompt of the unconditional twin under guidance")
 

@@ -57,7 +57,7 @@ JUDGE = "path records max_missing omit loss language batch per_prompt micro pixe
 SERVE = "host port token_variable batch wait queue timeout max_body max_images max_pixels"
 KEYS = {
     "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads report tracker",
-    "world": "name task prompts text_dim resolution max_bad negative",
+    "world": "name task prompts text_dim resolution categories max_bad negative",
     "model": "path pipeline variant dtype base checkpointing",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
     "model.lora": "rank alpha targets",

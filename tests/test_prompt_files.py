@@ -158,3 +158,20 @@ def test_examples_cover_the_size_of_their_prompt(tmp_path):
     bare.prompts("train", lines(tmp_path / "q.txt", "a", "b"))
     with pytest.raises(UserError, match="no prompt of world.prompts has an image to learn"):
         bare.examples(np.zeros((1, 1)))
+
+
+def test_prompts_without_a_category_are_sorted_by_the_first_rule_that_they_match(tmp_path):
+    (tmp_path / "rules.yaml").write_text("people: [portrait, 'a (man|woman)']\ntext: ['\"']\n")
+    rows = (
+        '{"text": "A Woman with a sign \\"HI\\""}',
+        '{"text": "the word \\"HI\\""}',
+        {"text": "a dog"},
+        {"text": "a man", "category": "own"},
+    )
+    own = PromptFile("t2i", Square(), rules=str(tmp_path / "rules.yaml"))
+    found = own.prompts("train", lines(tmp_path / "p.jsonl", *rows))
+    assert [p.category for p in found] == ["people", "text", "general", "own"]
+    for bad in ("- a\n", "people: ['(']\n", "people: 3\n"):
+        (tmp_path / "rules.yaml").write_text(bad)
+        with pytest.raises(UserError, match="world.categories=.* holds no patterns by category"):
+            own.prompts("train", tmp_path / "p.jsonl")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import yaml
 
 from qirl.data.digit_set import of_task
 from qirl.data.images import read_image
-from qirl.data.prompts import Prompt, load_prompts
+from qirl.data.prompts import GENERAL, Prompt, load_prompts
 from qirl.errors import UserError
 
 
@@ -15,8 +21,8 @@ class PromptFile:
 
     name, uniforms = "prompts", 1
 
-    def __init__(self, task: str, family, most_bad: float = 0.0):
-        self.task, self.family, self.most_bad = task, family, most_bad
+    def __init__(self, task: str, family, most_bad: float = 0.0, rules: str | None = None):
+        self.task, self.family, self.most_bad, self.rules = task, family, most_bad, rules
         self._examples: list[Prompt] = []
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
@@ -29,6 +35,8 @@ class PromptFile:
                 "world.prompts is missing: name a file of prompts (.txt one a line, .jsonl with sources and sizes)"
             )
         found = of_task(load_prompts(path, self.family.check, self.most_bad), self.task, path)
+        if self.rules is not None:
+            found = categorised(found, self.rules)
         self._examples = [prompt for prompt in found if prompt.image is not None]
         return found
 
@@ -45,6 +53,27 @@ class PromptFile:
         side = self.family.pixels
         sizes = [tuple(tokens * side for tokens in self.family.size(prompt)) for prompt in chosen]
         return chosen, [cover(read_image(p.image), *size) for p, size in zip(chosen, sizes, strict=True)]
+
+
+def categorised(prompts: Sequence[Prompt], path: str) -> list[Prompt]:
+    """Prompts without a category of their own in that of the first rule that their text matches.
+
+    path: YAML, {category: [regular expression, ...]}, read in its order, without regard to case. Raises UserError for a file that
+    is none.
+    """
+    try:
+        rules = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        compiled = {str(name): [re.compile(own, re.IGNORECASE) for own in patterns] for name, patterns in rules.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, re.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"world.categories={path} holds no patterns by category ({reason}), as in people: ['portrait', 'a (man|woman)']"
+        ) from None
+
+    def category(prompt: Prompt) -> str:
+        return next((name for name, own in compiled.items() if any(p.search(prompt.text) for p in own)), GENERAL)
+
+    return [replace(p, category=category(p)) if p.category == GENERAL else p for p in prompts]
 
 
 def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from qirl.errors import UserError
 
 EXAMPLE = '{"text": "a red 7"}'
 KEYS = {"text", "category", "id", "sources", "height", "width", "metadata", "image"}
+GENERAL = "general"  # category of prompts that name none
 SHOWN = 3  # bad lines that a message names
 FIRST_EDIT = 2**20  # ids of edits begin here, those of text-to-image at 0
 
@@ -34,7 +35,7 @@ class Prompt:
 
     id: int
     text: str
-    category: str = "general"
+    category: str = GENERAL
     sources: Sequence[np.ndarray] = field(default=(), compare=False, repr=False)
     height: int | None = None
     width: int | None = None
@@ -127,7 +128,7 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
     paths = row.get("sources", [])
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise UserError(f'"sources" is {paths!r}; it must be a list of image paths, relative to the prompt file')
-    number, category = row.get("id", place + FIRST_EDIT if paths else place), row.get("category", "general")
+    number, category = row.get("id", place + FIRST_EDIT if paths else place), row.get("category", GENERAL)
     if type(number) is not int or not 0 <= number < 2**32:
         raise UserError(f'"id" is {number!r}; it must be an integer from 0 to {2**32 - 1}')
     if not isinstance(category, str) or not category:
