@@ -178,3 +178,15 @@ def test_a_sketch_has_the_sizes_of_the_condition_and_reads_no_weights(folders, c
         sketch = outline.sketch(prompt, negative)
         assert sketch.layout == whole.layout and sketch.shared == whole.shared and sketch.text.shape == whole.text.shape
         assert [r.shape for r in sketch.references] == [r.shape for r in whole.references]
+
+
+def test_a_pipeline_in_the_digits_world_is_told_where_it_belongs(folders):
+    from qirl.models.weights import load_config
+
+    digits = family_of(World())
+    with pytest.raises(
+        UserError, match="the digits world trains Qwen-Image 2.1's transformer, not QwenImage; set world.name=prompts"
+    ):
+        digits.fits(load_config(find_model(str(folders(T1)))))
+    with pytest.raises(UserError, match="set world.text_dim=48, take another model, or set world.name=prompts"):
+        digits.fits(load_config(find_model(str(folders(T21)))))

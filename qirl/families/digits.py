@@ -80,12 +80,17 @@ class Digits:
             mlp_ratio=options.mlp_ratio, axes_dims_rope=options.rope_axes,
         )  # fmt: skip
 
-    def fits(self, config: QwenImage21Config) -> None:
+    def fits(self, config: Any) -> None:
+        if not isinstance(config, QwenImage21Config):
+            raise UserError(
+                f"the digits world trains Qwen-Image 2.1's transformer, not {type(config).__name__.removesuffix('Config')}; set "
+                "world.name=prompts for a model of Qwen-Image"
+            )
         if (config.in_channels, config.context_in_dim) != (self.channels, self.text_dim):
             raise UserError(
                 f"the model takes {config.in_channels} channels and text of width {config.context_in_dim}, the {self.name} "
-                f"world gives {self.channels} and {self.text_dim}; set world.text_dim={config.context_in_dim} or take "
-                "another model"
+                f"world gives {self.channels} and {self.text_dim}; set world.text_dim={config.context_in_dim}, take another "
+                "model, or set world.name=prompts for a pipeline"
             )
 
     def suits(self, flow) -> None:

@@ -25,10 +25,11 @@ from qirl.config_sections import World as Options
 from qirl.data.images import content_hash
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
+from qirl.families.kept import read_condition, read_layout, write_condition
 from qirl.packing import Condition
 from qirl.run import cache
 
-INDEX, LAYOUT = "model_index.json", "layout.json"
+INDEX = "model_index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float32}
 REMEMBERED = 512  # conditions in memory; all are on disk
 
@@ -352,27 +353,6 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
     white = Image.new("RGB", picture.size, (255, 255, 255))
     white.paste(picture, mask=picture.getchannel("A"))
     return np.asarray(white)
-
-
-def write_condition(folder: Path, condition: Condition) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {"text": condition.text, **{f"reference{i}": r for i, r in enumerate(condition.references)}}
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / "condition.safetensors")
-    (folder / LAYOUT).write_text(json.dumps(condition.layout))
-
-
-def read_layout(folder: Path) -> tuple[tuple, ...]:
-    return tuple(tuple(block) for block in json.loads((folder / LAYOUT).read_text()))
-
-
-def read_condition(folder: Path, shared: bool) -> Condition:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "condition.safetensors")
-    layout = read_layout(folder)
-    references = tuple(tensors[f"reference{i}"] for i in range(len(tensors) - 1))
-    return Condition(tensors["text"], references, layout, shared)
 
 
 def read_json(path: Path) -> dict:
