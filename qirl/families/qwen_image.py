@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from qirl.packing import Condition
 
 LONGEST = 1024  # tokens of a prompt of QwenImagePipeline
 EDIT_AREA = 1024 * 1024  # pixels of a source in QwenImageEditPipeline, whatever is drawn
+ONE_THREAD = threading.Lock()  # prompts are checked on several; transformers' imports and tokenizers bear only one
 PIPELINES = {  # class: sources at least and at most
     "QwenImagePipeline": (0, 0),
     "QwenImageEditPipeline": (1, 1),
@@ -70,7 +72,8 @@ class QwenImageFamily(PipelineFamily):
         """Raises UserError for text that the pipeline would cut off, too."""
         super().check(prompt)
         if not self.most_sources:
-            tokens = len(self._tokenizer()(prompt.text)["input_ids"])
+            with ONE_THREAD:
+                tokens = len(self._tokenizer()(prompt.text)["input_ids"])
             if tokens > LONGEST:
                 raise UserError(
                     f"prompt '{short(prompt.text)}' has {tokens} tokens, {self.pipeline} reads {LONGEST}; shorten it"
