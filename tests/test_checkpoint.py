@@ -258,10 +258,11 @@ def test_a_process_killed_while_it_writes_leaves_a_checkpoint_that_loads(tmp_pat
     rng = random.Random(0)
     unfinished, step = 0, 1
     for _ in range(25):
+        before = checkpoint.latest(tmp_path)
         process = context.Process(target=save_for_ever, args=(tmp_path, step))
         process.start()
         deadline = time.time() + 30
-        while not (path := checkpoint.latest(tmp_path)) and time.time() < deadline:
+        while checkpoint.latest(tmp_path) == before and time.time() < deadline:  # until it writes
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.15))
         process.kill()

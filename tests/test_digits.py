@@ -189,7 +189,7 @@ def test_prompt_files_are_read(tmp_path):
     "name, text, message",
     [
         ("p.txt", "\n \n", "holds no prompt"),
-        ("p.csv", "a 7", ".txt .one a line. or .jsonl"),
+        ("p.csv", "a 7", ".txt .one a line., .jsonl"),
         ("p.jsonl", '{"text": "a 7"}\n{"text": ', "p.jsonl:2: not JSON"),
         ("p.jsonl", '{"txt": "a 7"}', 'p.jsonl:1: no "text"'),
         ("p.jsonl", '["a 7"]', "p.jsonl:1: a list, not an object"),

@@ -218,7 +218,7 @@ def test_scores_come_back_to_their_samples():
     given = samples(60)
     random.Random(0).shuffle(given)
     with Server(MeanBrain()) as a, Server(MeanBrain()) as b:
-        found = scores(JudgeReward("alignment", options(a, b, chains=2)), given)
+        found = scores(JudgeReward("alignment", options(a, b, chains=2, timeout=60.0)), given)
     assert found == [(s.id % 5) / 4 for s in given]
     assert abs(len(a.requests) - len(b.requests)) <= 1  # in turn
     body = a.requests[0]
