@@ -160,7 +160,8 @@ class Teachers:
         """A model folder's tensors as this rank holds them, by the names of the (possibly adapted) module."""
         found = {}
         for name, value in read_weights(source.folder, source.variant):
-            name = name if name in self._parameters else name.removesuffix("weight") + "base_layer.weight"
+            stem, _, kind = name.rpartition(".")
+            name = name if name in self._parameters else f"{stem}.base_layer.{kind}"
             found[name] = self._keep(name, value)
         return found
 
