@@ -81,7 +81,6 @@ setup(
         'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={
-        "lora": ["peft"],
         "pipelines": ["diffusers>=0.42", "transformers", "accelerate", "peft"],
         "torchao": ["torchao>=0.18"],
         "rewards": [

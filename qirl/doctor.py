@@ -147,7 +147,7 @@ def _collectives() -> str:
 
 
 def _peft() -> str:
-    return _found("peft", "peft", "pip install qirl[lora]")
+    return _found("peft", "peft", "pip install qirl[rewards]")
 
 
 def _diffusers() -> str:
@@ -190,7 +190,7 @@ _PARTS = (
     ("apex", _apex, "nothing today: the optimizer is torch's"),
     ("DALI", _dali, "nothing today: images are decoded by Pillow"),
     ("NCCL, gloo", _collectives, "one process only; NCCL is what several GPUs need"),
-    ("peft", _peft, "no LoRA; full-parameter training works"),
+    ("peft", _peft, "no LoRA judges; a transformer's adapters need no peft"),
     ("torchao", _torchao, "no AdamW in 8 bits"),
     ("transformers", _judges, "no judges of your own, no CLIP rewards; judges behind a server work"),
     ("scorer server", _server, "no `qirl reward serve`"),

@@ -91,9 +91,6 @@ class Engine:
             recompute(model, config.model.checkpointing)
             if lora.rank:
                 add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data = parameter.data.to(master)
             return model
 
         return cls.around(build, config, config.model.dtype, lora=bool(lora.rank), frozen=frozen)

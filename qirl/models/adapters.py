@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qirl.errors import UserError
-from qirl.models.lora import target_pattern
+from qirl.models.lora import put_adapters, target_pattern
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 DIFFUSERS_WEIGHTS, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transformer."
@@ -65,15 +66,13 @@ def save_adapter(state: dict[str, torch.Tensor], lora, base: str | None, folder:
 
     peft reads alpha in its config. diffusers' file holds B times alpha / rank: a reader without metadata takes scale 1.
     """
-    from peft import LoraConfig
-
     tensors = {n.replace(".default.", "."): value.contiguous() for n, value in state.items() if ".lora_" in n}
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=target_pattern(lora.targets), base_model_name_or_path=base,
-        inference_mode=True,
-    )  # fmt: skip
+    config = {
+        "peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": target_pattern(lora.targets), "base_model_name_or_path": base, "inference_mode": True,
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     own = {PEFT_PREFIX + name: value for name, value in tensors.items()}
     save_file(own, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
     for name, value in tensors.items():
@@ -85,14 +84,10 @@ def save_adapter(state: dict[str, torch.Tensor], lora, base: str | None, folder:
 
 def add_slots(model: nn.Module, adapters: Sequence[Adapter]) -> None:
     """Adds places for any of `adapters`, one at a time, to a model in place: `fill` says what goes there."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("LoRA teachers need peft; pip install 'qirl[lora]', or name their merged models") from None
     rank = max(adapter.rank for adapter in adapters)
     modules = sorted({name for adapter in adapters for name in adapter.matrices})
     with torch.random.fork_rng():
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), model)
+        put_adapters(model, modules, rank, 1.0)
 
 
 def fill(slots: dict[str, torch.Tensor], adapter: Adapter | None) -> dict[str, torch.Tensor]:

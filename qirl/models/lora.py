@@ -1,38 +1,89 @@
-"""LoRA by peft on the diffusers module names: add, switch off, merge."""
+"""LoRA on the diffusers module names: add, switch off, merge. Names and files are peft's; the layer is ours."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qirl.errors import UserError, nearest
+from qirl.models.quantised import FrozenLinear
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "out")
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer W [out, in] beside A [rank, in] and B [out, rank]: y = x W^T + scale (x A^T) B^T.
+
+    Names of parameters as in peft, for its adapter "default". A begins as peft's does, B at zero.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        weight = base.weight
+        exact = weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 2 else torch.float32
+        made = dict(bias=False, device=weight.device, dtype=exact)
+        self.base_layer, self.scale, self.enabled = base, scale, True
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, **made)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, **made)})
+        nn.init.kaiming_uniform_(self.lora_A["default"].weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, in] -> [N, out], in x's dtype."""
+        if not self.enabled:
+            return self.base_layer(x)
+        a, b = (part["default"].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
+        if isinstance(self.base_layer, FrozenLinear):
+            return torch.addmm(self.base_layer(x), x @ a.T, b.T, alpha=self.scale)
+        return _Product.apply(x, self.base_layer.weight, self.base_layer.bias, a, b, self.scale)
+
+
+class _Product(torch.autograd.Function):
+    """Both products of a LoRA layer, the second scaled and added into the first by one call, forward and backward alike."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale):
+        low = x @ a.T
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(low, b.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, low = ctx.saved_tensors
+        of_low, scaled = grad @ b, dict(beta=0, alpha=ctx.scale)  # beta=0: the first argument is not read
+        of_x = (grad @ weight).addmm_(of_low, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, torch.addmm(a, of_low.T, x, **scaled), torch.addmm(b, grad.T, low, **scaled), None
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> nn.Module:
     """Freezes the weights and adds adapters in place. Section 3: the KL reference is the same model, adapter off.
 
-    Raises UserError if peft is missing or a target names no module.
+    Raises UserError if a target names no module.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError(
-            "LoRA needs peft; pip install 'qirl[lora]', or train all parameters (model.lora.rank=0)"
-        ) from None
     check_targets(model, targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_pattern(targets))
+    pattern = re.compile(target_pattern(targets))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        put_adapters(model, [n for n, m in model.named_modules() if pattern.fullmatch(n)], rank, alpha / rank)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return model
+
+
+def put_adapters(model: nn.Module, names: Iterable[str], rank: int, scale: float) -> None:
+    """Puts a LoraLinear in place of the linear layers `names`."""
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        base = model.get_submodule(name)
+        if isinstance(base, nn.Linear):
+            model.get_submodule(parent).register_module(own, LoraLinear(base, rank, scale))
 
 
 def target_pattern(targets: Sequence[str]) -> str:
@@ -52,23 +103,17 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
             )
 
 
-def _adapters(model: nn.Module):
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-
-
 @contextlib.contextmanager
 def adapter_off(model: nn.Module):
     """The frozen base, inside the block."""
-    layers = _adapters(model)
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer.enabled = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer.enabled = True
 
 
 def with_base(state: dict[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
