@@ -135,6 +135,22 @@ class Measured:
         raise NotImplementedError
 
 
+class MeasuredInBatches(Measured):
+    """Applies to samples with a prompt; `_batch` measures at most `options.batch` of them at once."""
+
+    def applies(self, sample: Sample) -> bool:
+        return bool(sample.prompt.strip())
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
+        step = self.options.batch
+        return torch.cat([self._batch(samples[i : i + step]) for i in range(0, len(samples), step)])
+
+    def _batch(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """float32 [n], on the CPU."""
+        raise NotImplementedError
+
+
 class _ByEmbedding(Measured):
     needs_clip, embedder = False, Embedder
 

@@ -18,7 +18,7 @@ import torch
 
 from qirl.config_parts import HpsV3Options
 from qirl.errors import UserError
-from qirl.rewards.parts.embedding import Measured, device_of
+from qirl.rewards.parts.embedding import MeasuredInBatches, device_of
 from qirl.rewards.parts.preference import fill, head_of, read_state, renamed, under
 from qirl.rewards.protocol import Sample
 from qirl.rewards.vlm.processor import Processor
@@ -30,7 +30,7 @@ TOKEN, PROMPT = "<|Reward|>", "{text_prompt}"
 NAMES = ((r"^model\.(visual|language_model)\.", r"\1."), (r"^model\.(?=layers|embed_tokens|norm)", "language_model."))
 
 
-class HpsV3(Measured):
+class HpsV3(MeasuredInBatches):
     """Applies to samples with a prompt."""
 
     options: HpsV3Options
@@ -43,14 +43,6 @@ class HpsV3(Measured):
         self.token = self.processor.tokenizer.convert_tokens_to_ids(TOKEN)
         self.device, self._one = device_of(options), threading.Lock()
         self.model, self.head = load(options.model, options.weights, self.token, self.device)
-
-    def applies(self, sample: Sample) -> bool:
-        return bool(sample.prompt.strip())
-
-    @torch.no_grad()
-    def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
-        step = self.options.batch
-        return torch.cat([self._batch(samples[i : i + step]) for i in range(0, len(samples), step)])
 
     def _batch(self, samples: Sequence[Sample]) -> torch.Tensor:
         encoded = []

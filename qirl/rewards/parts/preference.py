@@ -26,7 +26,7 @@ from PIL import Image
 
 from qirl.config_parts import HpsV2Options, ImageRewardOptions
 from qirl.errors import UserError
-from qirl.rewards.parts.embedding import ClipScore, Embedder, Measured, device_of
+from qirl.rewards.parts.embedding import ClipScore, Embedder, MeasuredInBatches, device_of
 from qirl.rewards.protocol import Sample
 
 CHANNEL_MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])  # CLIP's
@@ -155,7 +155,7 @@ def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
 # ImageReward
 
 
-class ImageReward(Measured):
+class ImageReward(MeasuredInBatches):
     """Applies to samples with a prompt, whose first TOKENS tokens count."""
 
     options: ImageRewardOptions
@@ -172,14 +172,6 @@ class ImageReward(Measured):
             raise UserError(f"{options.model} has no tokenizer that transformers can load: {error}") from None
         self.device, self._one = device_of(options), threading.Lock()
         self.vision, self.text, self.head = blip(read_state(options.weights), options.weights, self.device)
-
-    def applies(self, sample: Sample) -> bool:
-        return bool(sample.prompt.strip())
-
-    @torch.no_grad()
-    def measure(self, samples: Sequence[Sample]) -> torch.Tensor:
-        step = self.options.batch
-        return torch.cat([self._batch(samples[i : i + step]) for i in range(0, len(samples), step)])
 
     def _batch(self, samples: Sequence[Sample]) -> torch.Tensor:
         size = self.vision.config.image_size
