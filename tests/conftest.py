@@ -51,3 +51,29 @@ def opened(tmp_path, tiny_model):
         trainer.scorer.close()
     if dist.is_initialized():  # bfloat16 runs make a process group
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """folder(class of a pipeline) -> a complete one of random weights."""
+    from tiny_pipelines import save_pipeline
+
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = save_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_references():
+    """References of Edit-Plus become latents at 96 x 96 pixels, not at 1024 x 1024."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plus, "VAE_IMAGE_SIZE", 96 * 96)
+        patch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+        yield

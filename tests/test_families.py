@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import pipeline, save_pipeline
+from tiny_pipelines import pipeline
 
 from qirl.config_sections import Flow, Model, World
 from qirl.data.prompts import Prompt
@@ -17,33 +17,10 @@ from qirl.kernels.philox import INITIAL, normal, stream
 from qirl.models.folders import find_model
 from qirl.models.weights import load_model
 
+pytestmark = pytest.mark.usefixtures("small_references")
 T21, T1, EDIT, PLUS = (f"QwenImage{part}Pipeline" for part in ("21", "", "Edit", "EditPlus"))
 LATENTS = 1e-4  # largest difference after all steps, float32
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """References of Edit-Plus become latents at 1024 x 1024 pixels; here at 96 x 96."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(plus, "VAE_IMAGE_SIZE", 96 * 96)
-    patch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = save_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind)
-        return made[kind]
-
-    return folder
 
 
 @pytest.fixture(autouse=True)

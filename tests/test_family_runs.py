@@ -17,38 +17,22 @@ from bright import bright
 from openai_server import MODEL, Server
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_pipelines import pipeline, save_pipeline
+from tiny_pipelines import pipeline
 
 import qirl
 from qirl.errors import UserError
 from qirl.run.logs import read
 
+pytestmark = pytest.mark.usefixtures("small_references")
 T21, T1, PLUS = (f"QwenImage{part}Pipeline" for part in ("21", "", "EditPlus"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def work(tmp_path_factory):
-    """A cache of conditions of its own, and references of 96 x 96 pixels instead of 1024 x 1024."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
-
-    patch = pytest.MonkeyPatch()
-    patch.setenv("QIRL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    patch.setattr(plus, "VAE_IMAGE_SIZE", 96 * 96)
-    patch.setattr(plus, "CONDITION_IMAGE_SIZE", 64 * 64)
-    yield
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = save_pipeline(tmp_path_factory.mktemp("pipeline") / kind, kind)
-        return made[kind]
-
-    return folder
+    """A cache of conditions of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QIRL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
