@@ -8,6 +8,8 @@ from PIL import Image
 from tiny_pipelines import pipeline
 
 from qirl.config_sections import Flow, Model, World
+from qirl.data import images
+from qirl.data.images import Pictures
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.families import images_of, targets_of
@@ -167,3 +169,18 @@ def test_a_pipeline_in_the_digits_world_is_told_where_it_belongs(folders):
         digits.fits(load_config(find_model(str(folders(T1)))))
     with pytest.raises(UserError, match="set world.text_dim=48, take another model, or set world.name=prompts"):
         digits.fits(load_config(find_model(str(folders(T21)))))
+
+
+def test_sources_are_read_for_conditions_once_and_not_kept(folders, tmp_path):
+    family, path = opened(folders(T21)), tmp_path / "source.png"
+    Image.fromarray(picture(40, 60)).save(path)
+    prompt = Prompt(0, "make it red", sources=Pictures([path]))
+    family.check(prompt)
+    family.prepare([prompt], True)
+    size, tokens = family.size(prompt), family.condition_tokens(prompt)
+    assert all(isinstance(sources, Pictures) for sources in family._sources.values())
+    path.unlink()
+    images._remembered.cache_clear()
+    assert (family.size(prompt), family.condition_tokens(prompt)) == (size, tokens)
+    assert family.condition(prompt).tokens == family.condition(prompt).prefix_tokens == tokens
+    assert family.negative(prompt).references[0].equal(family.condition(prompt).references[0])

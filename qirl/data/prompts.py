@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qirl.data.images import Pictures, Slice, as_uint8
+from qirl.data.images import Pictures, Slice, as_uint8, content_hash
 from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.data.tars import samples
 from qirl.errors import UserError
@@ -51,6 +52,16 @@ class Prompt:
     def task(self) -> str:
         """t2i, or edit where there are source images."""
         return "edit" if self.sources else "t2i"
+
+    @cached_property
+    def source_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every source in pixels; their files are read once for it."""
+        return [image.shape[:2] for image in self.sources]
+
+    @cached_property
+    def source_hash(self) -> str:
+        """Of the sources' content."""
+        return content_hash(*self.sources)
 
 
 def load_prompts(

@@ -62,7 +62,7 @@ class PipelineFamily:
         self._outline: Any = None  # the same for sketches
         self.sketching = False
         self._condition = lru_cache(REMEMBERED)(lambda key: read_condition(self._folder(*key), self.shared))
-        self._sources: dict[str, tuple[np.ndarray, ...]] = {}
+        self._sources: dict[str, Sequence[np.ndarray]] = {}  # by their hash; files are read when they are asked for
 
     @property
     def channels(self) -> int:
@@ -79,11 +79,11 @@ class PipelineFamily:
     # sizes and checks
 
     def size(self, prompt: Prompt) -> tuple[int, int]:
-        height, width = prompt.height or self.resolution, prompt.width or self.resolution
+        own = self.resolution, self.resolution
         if prompt.sources:
-            source = prompt.sources[-1]
-            own = dimensions(self.resolution**2, source.shape[1] / source.shape[0])
-            height, width = prompt.height or own[0], prompt.width or own[1]
+            height, width = prompt.source_sizes[-1]
+            own = dimensions(self.resolution**2, width / height)
+        height, width = prompt.height or own[0], prompt.width or own[1]
         return max(1, self._floor(height) // self.pixels), max(1, self._floor(width) // self.pixels)
 
     def _floor(self, side: int) -> int:
@@ -99,8 +99,7 @@ class PipelineFamily:
                 else f"{self.least_sources} to {self.most_sources}"
             )
             raise UserError(f"prompt '{short(prompt.text)}' has {count} source images, {self.folder} takes {wanted}")
-        for number, source in enumerate(prompt.sources, start=1):
-            height, width = source.shape[:2]
+        for number, (height, width) in enumerate(prompt.source_sizes, start=1):
             if min(dimensions(self.resolution**2, width / height)) < 32 or max(height, width) > 200 * min(
                 height, width
             ):
@@ -165,18 +164,18 @@ class PipelineFamily:
     # conditions
 
     def condition(self, prompt: Prompt) -> Condition:
-        return self._condition(self._key(prompt.text, prompt.sources))
+        return self._condition(self._key(prompt))
 
     def condition_tokens(self, prompt: Prompt) -> int:
-        return sum(math.prod(size) for _, *size in read_layout(self._folder(*self._key(prompt.text, prompt.sources))))
+        return sum(math.prod(size) for _, *size in read_layout(self._folder(*self._key(prompt))))
 
     def negative(self, prompt: Prompt) -> Condition:
-        return self._condition(self._key(self.unconditional, prompt.sources))
+        return self._condition(self._key(prompt, negative=True))
 
-    def _key(self, text: str, sources: Sequence[np.ndarray]) -> tuple[str, str, str]:
-        """(text, hash of the sources, hash of all that decides the condition)."""
-        pictures = content_hash(*sources)
-        self._sources[pictures] = tuple(sources)
+    def _key(self, prompt: Prompt, negative: bool = False) -> tuple[str, str, str]:
+        """(text, hash of the sources, hash of all that decides the condition) of a prompt, or of its twin."""
+        text, pictures = self.unconditional if negative else prompt.text, prompt.source_hash
+        self._sources[pictures] = prompt.sources
         return text, pictures, cache.content_key(self._identity(), text, pictures)
 
     @lru_cache(1)  # noqa: B019 - a family lives as long as its run
@@ -196,8 +195,8 @@ class PipelineFamily:
 
     def prepare(self, prompts: Sequence[Prompt], negatives: bool) -> None:
         """Makes all conditions that the cache lacks, and frees the text encoder."""
-        keys = [self._key(p.text, p.sources) for p in prompts]
-        keys += [self._key(self.unconditional, p.sources) for p in prompts] if negatives else []
+        keys = [self._key(p) for p in prompts]
+        keys += [self._key(p, negative=True) for p in prompts] if negatives else []
         for key in dict.fromkeys(keys):
             self._folder(*key)
         self.release()
