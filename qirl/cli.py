@@ -6,14 +6,13 @@ same under torchrun, where only rank 0 speaks. Nothing heavy is imported before 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qirl import __version__, cli_reward
-from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, ended, first, load_config, say, told
+from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, ended, first, load_config, say, told, world
 from qirl.errors import UserError
 
 app = typer.Typer(
@@ -105,7 +104,7 @@ def _run(kind: str, name: str, overrides: list[str] | None, dry_run: bool, out: 
             if first():
                 from qirl.plan import print_plan
 
-                print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+                print_plan(config, world())
             return
         from qirl import api
 

@@ -82,9 +82,7 @@ def shard(model: torch.nn.Module, ranks: Ranks, dtype: torch.dtype, blocks=None)
     blocks = list(model.transformer_blocks if blocks is None else blocks)
     # keys and values leave their block as views; nothing changes them in place, which is what FSDP warns of
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    own = max(
-        (p for p in model.parameters()), key=lambda p: p.requires_grad
-    ).dtype  # of a trained weight, if there is one
+    own = max(model.parameters(), key=lambda p: p.requires_grad).dtype  # of a trained weight, if there is one
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=own, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
