@@ -26,6 +26,7 @@ import numpy as np
 from qirl.errors import UserError
 
 PIXELS = 2**26  # of one image at most: 8192 x 8192
+MOST_ASPECT = 200  # Qwen-VL's image processors take no image whose longer side is more times the shorter one
 TRANSPORT = ("PNG", "WEBP")  # WebP without loss: see _lossy
 FILES = ("PNG", "WEBP", "JPEG", "TIFF", "BMP", "GIF")
 PHOTOMETRIC, BITS = 262, 258  # tags of TIFF: whether 0 is white, and bits of each channel

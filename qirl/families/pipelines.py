@@ -22,7 +22,7 @@ import torch
 
 from qirl.config_sections import Flow, Model
 from qirl.config_sections import World as Options
-from qirl.data.images import content_hash
+from qirl.data.images import MOST_ASPECT, content_hash
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.families.kept import read_condition, read_layout, write_condition
@@ -100,9 +100,8 @@ class PipelineFamily:
             )
             raise UserError(f"prompt '{short(prompt.text)}' has {count} source images, {self.folder} takes {wanted}")
         for number, (height, width) in enumerate(prompt.source_sizes, start=1):
-            if min(dimensions(self.resolution**2, width / height)) < 32 or max(height, width) > 200 * min(
-                height, width
-            ):
+            thin = max(height, width) > MOST_ASPECT * min(height, width)
+            if thin or min(dimensions(self.resolution**2, width / height)) < 32:
                 raise UserError(
                     f"source {number} of '{short(prompt.text)}' has {width} x {height} pixels, which is too thin to be edited "
                     f"at world.resolution={self.resolution}; crop it"

@@ -47,9 +47,8 @@ class Scorer:
     def __init__(self, rewards: Sequence[Reward], options: Scoring | None = None):
         self.rewards, self.options = list(rewards), options or Scoring()
         self.known: list[set[str]] = [set(getattr(reward, "components", None) or ()) for reward in self.rewards]
-        self.scored: set[str] = (
-            set()
-        )  # components that had a score at least once; like `known` it outlives a run's restart
+        # components that had a score at least once; like `known` it outlives a run's restart
+        self.scored: set[str] = set()
         self.retries = 0
         self._jobs: list[Job] = []
         self._begun: float | None = None  # when somebody began to wait

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qirl.data.images import MOST_ASPECT
 from qirl.errors import UserError
 from qirl.rewards.vlm.reading import DIGITS
 from qirl.rewards.vlm.rubric import SCORE
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 IMAGE = "<|image_pad|>"
-MOST_ASPECT = 200  # their image processors take no image whose longer side is more times the shorter one
 
 
 @dataclass(frozen=True)
