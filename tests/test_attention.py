@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qirl.models.attention import CpuFlash, Dense, packed_attention
+from qirl.models.attention import packed_attention
+from qirl.models.attention_backends import CpuFlash, Dense, Varlen
 from qirl.packing import Condition, Target, pack
 
 HEADS, DIM = 2, 6
@@ -24,6 +25,38 @@ CASES = {
     "a prompt without targets": ([[("text", 3)], [("text", 7)]], [(1, 1, 3)]),
     "prefix only": ([[("text", 3), ("image", 3, 3)], [("text", 33)], [("text", 7), ("image", 1, 1), ("text", 1)]], []),
 }  # fmt: skip
+
+
+class DenseVarlen(Varlen):
+    """What the varlen kernels of a GPU compute, sequence by sequence: given cumulative lengths and nothing else."""
+
+    def run(self, q, k, v, n, causal):
+        parts = [self._dense(False, *x, causal) for x in self._sequences(n, (q,), (k, v))]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    def run_backward(self, dout, q, k, v, out, lse, n, causal):
+        sequences = self._sequences(n, (dout, q), (k, v), (out, lse))
+        return tuple(torch.cat(each) for each in zip(*(self._dense(True, *x, causal) for x in sequences), strict=True))
+
+    def _sequences(self, n, queries, keys, more=()):
+        lengths_q, lengths_k = n.q.diff().tolist(), n.k.diff().tolist()
+        assert n.longest == (max(lengths_q), max(lengths_k)) and n.q.dtype == n.k.dtype == torch.int32
+        cut = (
+            [x.split(lengths_q) for x in queries]
+            + [x.split(lengths_k) for x in keys]
+            + [x.split(lengths_q) for x in more]
+        )
+        return zip(*cut, strict=True)
+
+    @staticmethod
+    def _dense(backward, *tensors):
+        *tensors, causal = tensors
+        batch = [x.transpose(0, 1)[None] for x in tensors]
+        found = (Dense().run_backward if backward else Dense().run)(*batch, causal)
+        return [x[0].transpose(0, 1) for x in found]
+
+
+BACKENDS = [CpuFlash(), Dense(), DenseVarlen()]
 
 
 def build(case):
@@ -69,7 +102,7 @@ def worst(got, expected):
     return ((got - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
 
 
-@pytest.mark.parametrize("backend", [CpuFlash, Dense])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_a_masked_softmax(case, backend):
     packed = pack(*build(case))
@@ -84,7 +117,7 @@ def test_values_and_gradients_equal_a_masked_softmax(case, backend):
         assert worst(mine, theirs) <= EXACT, name
 
 
-@pytest.mark.parametrize("backend", [CpuFlash, Dense])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__)
 @pytest.mark.parametrize("case", [c for c in CASES if CASES[c][1]])
 def test_targets_on_kept_keys_and_values_equal_a_masked_softmax(case, backend):
     """Values, and the gradients of q, k, v, past_k and past_v, as rollout and the seam of the update use them."""
@@ -106,7 +139,7 @@ def test_targets_on_kept_keys_and_values_equal_a_masked_softmax(case, backend):
             assert worst(mine, theirs) <= EXACT, name
 
 
-@pytest.mark.parametrize("backend", [CpuFlash, Dense])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__)
 def test_a_last_dimension_that_is_not_contiguous_is_read_correctly(backend):
     """The raw flash op takes stride 1 for granted: it would read other numbers, in silence, forward and backward."""
     conditions, targets = build("reference images")
@@ -122,7 +155,7 @@ def test_a_last_dimension_that_is_not_contiguous_is_read_correctly(backend):
     assert worst(out, expected[0][p:]) <= EXACT
 
 
-@pytest.mark.parametrize("backend", [CpuFlash, Dense])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: type(b).__name__)
 def test_bfloat16_stays_within_its_rounding_of_float32(backend):
     """Inputs equal in both; outputs round to 8 bits (2^-9 relative), after at most two roundings of parts: 2^-6."""
     packed = pack(*build("reference images"))

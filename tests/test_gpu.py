@@ -8,7 +8,8 @@ import torch
 from qirl.config_sections import Flow
 from qirl.flow.rollout import rollout
 from qirl.kernels import philox
-from qirl.models.attention import CudaFlash, Dense, packed_attention
+from qirl.models.attention import packed_attention
+from qirl.models.attention_backends import BACKENDS
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
 from qirl.packing import Condition, Target, pack
 
@@ -45,18 +46,47 @@ def test_velocity_and_gradients_equal_those_of_the_cpu():
         assert (got - expected).norm() <= 1e-3 * expected.norm()  # float32 in another order, TF32 off by default
 
 
-def test_cuda_flash_equals_the_formula_with_gradients():
-    conditions, targets, *_ = inputs("cuda")
-    packed = pack(conditions, targets, device="cuda")
+# attention of sequences long enough for every backend: text, a reference image, targets of two sizes
+LAYOUTS = {
+    "text": ([[("text", 300)], [("text", 70)]], [(0, 24, 24), (0, 24, 24), (1, 16, 20)]),
+    "a reference": ([[("text", 7), ("image", 40, 32), ("text", 90)], [("text", 33)]], [(0, 40, 32), (0, 40, 32), (1, 8, 8)]),
+    "two references": ([[("image", 8, 8), ("text", 5), ("image", 16, 12)]] * 2, [(0, 8, 8), (1, 8, 8), (1, 8, 8)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_backends_equal_the_formula_with_gradients(name, dtype, layout):
+    device = torch.device("cuda")
+    why = BACKENDS[name].refusal(device, dtype, 64)
+    if why:
+        pytest.skip(why)
+    layouts, targets = LAYOUTS[layout]
+    images = lambda own: tuple(torch.zeros(b[1] * b[2], 4) for b in own if b[0] == "image")  # noqa: E731
+    texts = [torch.zeros(sum(b[1] for b in own if b[0] == "text"), 4) for own in layouts]
+    conditions = [Condition(text, images(own), tuple(own)) for text, own in zip(texts, layouts, strict=True)]
+    whole, alone = (pack(conditions, [Target(*t) for t in targets], prefix, device) for prefix in (True, False))
     generator = torch.Generator("cuda").manual_seed(1)
-    q, k, v = torch.randn(3, packed.tokens, 2, 64, device="cuda", generator=generator).bfloat16()
-    results = []
-    for backend, dtype in ((CudaFlash, torch.bfloat16), (Dense, torch.float32)):
-        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
-        out = packed_attention(*leaves, None, None, packed.own, packed.past, backend)
-        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
-    for got, expected in zip(*results, strict=True):
-        assert (got.float() - expected).norm() <= 0.02 * expected.norm()  # bfloat16 keeps 8 bits
+    tensors = torch.randn(3, whole.tokens, 2, 64, device=device, generator=generator).to(dtype)
+    weights = torch.randn(whole.tokens, 2, 64, device=device, generator=generator)
+
+    def run(backend, inputs, packed, past=(None, None), weights=weights):
+        leaves = [x.detach().requires_grad_() for x in (*inputs, *past) if x is not None]
+        given = (*leaves[:3], *(leaves[3:] or past))
+        out = packed_attention(*given, packed.own, packed.past, backend)
+        return [out, *torch.autograd.grad((out.float() * weights).sum(), leaves)]
+
+    p = whole.prefix_tokens
+    targets_alone = ([x[p:] for x in tensors], alone, [x[:p] for x in tensors[1:]], weights[p:])
+    exact = [x.double() for x in tensors]
+    exact_alone = ([x[p:] for x in exact], alone, [x[:p] for x in exact[1:]], weights[p:])
+    backend, dense = BACKENDS[name], BACKENDS["dense"]
+    got = run(backend, tensors, whole) + run(backend, *targets_alone)
+    expected = run(dense, exact, whole) + run(dense, *exact_alone)
+    limit = 0.01 if dtype == torch.bfloat16 else 1e-5  # bfloat16 keeps 8 bits
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine.double() - theirs).norm() <= limit * theirs.norm()
 
 
 def test_the_step_loop_never_waits_for_the_gpu():

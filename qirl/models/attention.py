@@ -1,89 +1,95 @@
-"""Attention over packed sequences: two dense calls per block of tokens, merged by log-sum-exp.
+"""Attention over packed sequences: calls of a backend on blocks of tokens, merged by log-sum-exp.
 
 Every block attends to itself (`own` spans: text causally, images fully) and to what precedes it in its prompt's
 prefix (`past` spans). With the merged output and log-sum-exp the flash backward of each call gives the exact share of
 the gradient: the softmax probabilities it recomputes, exp(score - lse), are those of the full row, and its row term
 sum(dout * out) is the full one. So there is no merge backward, no mask and no copy of the prefix's keys and values.
 
-A backend offers `forward(q, k, v, causal) -> (out, lse)` and `backward(dout, q, k, v, out, lse, causal)` on
-[B, H, L, D] views (lse [B, H, L]).
+Spans are gathered into as few calls as their masks allow (`Call`); qirl.models.attention_backends says what a backend is.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from qirl.kernels.dispatch import compute_dtype
-from qirl.kernels.merge_attention import merge_attention
-from qirl.packing import Span
+from qirl.kernels.merge_attention import merge_attention_
+from qirl.models.attention_backends import Backend, backend_for
+from qirl.packing import Span, send
 
-aten = torch.ops.aten
-
-
-class CpuFlash:
-    """torch's CPU flash attention. It does not check its inputs: strides and empty lengths are guarded here."""
-
-    @staticmethod
-    def forward(q, k, v, causal):
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-
-    @staticmethod
-    def backward(dout, q, k, v, out, lse, causal):
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal)
+Rows = slice | torch.Tensor
 
 
-class CudaFlash:
-    """torch's CUDA flash attention: float16 and bfloat16."""
+@dataclass(frozen=True)
+class Call:
+    """Spans of one mask whose queries, and whose keys, are disjoint and in order.
 
-    @staticmethod
-    def forward(q, k, v, causal):
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    rows, key_rows: the tokens that they cover, in order: a slice where these are neighbours, else int64 indices.
+    """
 
-    @staticmethod
-    def backward(dout, q, k, v, out, lse, causal):
-        seed = q.new_zeros((), dtype=torch.int64)  # of dropout, which is off; lse is read as contiguous
-        return aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed
+    spans: tuple[Span, ...]
+    rows: Rows
+    key_rows: Rows
+    memo: dict = field(default_factory=dict, repr=False, compare=False)  # what a backend makes of the lengths, once
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], device) -> Call:
+        queries = [(s.q, s.count * s.q_len) for s in spans]
+        keys = [(s.k, s.count * s.k_len) for s in spans]
+        return cls(tuple(spans), _rows_of(queries, device), _rows_of(keys, device))
+
+    @property
+    def causal(self) -> bool:
+        return self.spans[0].causal
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Queries and keys of every sequence."""
+        return [s.q_len for s in self.spans for _ in range(s.count)], [
+            s.k_len for s in self.spans for _ in range(s.count)
+        ]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """All attention of one pack: `own` covers every token once, `past` adds what some of them see of their prefix."""
+
+    own: tuple[Call, ...]
+    past: tuple[Call, ...]
+
+    @classmethod
+    def of(cls, own: Sequence[Span], past: Sequence[Span], device) -> Calls:
+        kinds = [[s for s in own if s.causal == causal] for causal in (True, False)]
+        return cls(
+            tuple(Call.of(spans, device) for spans in kinds if spans),
+            tuple(Call.of(spans, device) for spans in _levels(past)),
         )
 
 
-class Dense:
-    """The formula with the score matrix in memory: any device and dtype."""
+def _levels(spans: Sequence[Span]) -> list[list[Span]]:
+    """Spans, in order, in as few lists as it takes for no key to be in two spans of a list.
 
-    @staticmethod
-    def _scores(q, k, causal):
-        dtype = compute_dtype(q)
-        scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1])
-        if causal:
-            above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(above, -math.inf)
-        return scores
-
-    @classmethod
-    def forward(cls, q, k, v, causal):
-        scores = cls._scores(q, k, causal)
-        lse = scores.logsumexp(-1)
-        return (torch.exp(scores - lse[..., None]) @ v.to(scores.dtype)).to(q.dtype), lse
-
-    @classmethod
-    def backward(cls, dout, q, k, v, out, lse, causal):
-        p = torch.exp(cls._scores(q, k, causal) - lse[..., None])
-        dout = dout.to(p.dtype)
-        row = (dout * out.to(p.dtype)).sum(-1, keepdim=True)
-        ds = p * (dout @ v.to(p.dtype).transpose(-1, -2) - row) / math.sqrt(q.shape[-1])
-        dq, dk, dv = ds @ k.to(p.dtype), ds.transpose(-1, -2) @ q.to(p.dtype), p.transpose(-1, -2) @ dout
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    Spans of one prompt begin at the same key, so each of them comes in a later list than those before it.
+    """
+    levels: list[list[Span]] = []
+    for span in spans:
+        free = (own for own in levels if own[-1].k + own[-1].count * own[-1].k_len <= span.k)
+        level = next(free, None)
+        if level is None:
+            levels.append([span])
+        else:
+            level.append(span)
+    return levels
 
 
-def backend_for(q: torch.Tensor):
-    """The attention backend for queries of this device and dtype."""
-    if q.device.type == "cpu":
-        return CpuFlash
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        return CudaFlash
-    return Dense
+def _rows_of(runs: Sequence[tuple[int, int]], device) -> Rows:
+    first, end = runs[0][0], runs[0][0]
+    for start, length in runs:
+        if start != end:
+            return send(torch.cat([torch.arange(s, s + n) for s, n in runs]), device)
+        end = start + length
+    return slice(first, end)
 
 
 def packed_attention(
@@ -94,71 +100,76 @@ def packed_attention(
     past_v: torch.Tensor | None,
     own: tuple[Span, ...],
     past: tuple[Span, ...],
-    backend=None,
+    backend: Backend | None = None,
+    memo: dict | None = None,
 ) -> torch.Tensor:
     """Block-causal attention of one pack.
 
     q, k, v [N, H, D]: the pack's tokens. own: one span per block, in order, covering all tokens. past_k, past_v
     [P, H, D]: the prefix tokens that `past` spans index, from an earlier prefill; None where they stand in k and v
-    themselves. Returns [N, H, D]. Differentiable once in all five.
+    themselves. memo: of the pack, keeps what all layers share. Returns [N, H, D]. Differentiable once in all five.
     """
-    return _PackedAttention.apply(q, k, v, past_k, past_v, own, past, backend or backend_for(q))
-
-
-def _view(x: torch.Tensor, start: int, length: int, count: int) -> torch.Tensor:
-    """[N, H, ...] -> [count, H, length, ...] view of `count` consecutive runs."""
-    return x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
-
-
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """[count, H, length, ...] of consecutive spans -> [N, H, ...]; no copy for a single span of a flash kernel."""
-    parts = [part.transpose(1, 2).flatten(0, 1) for part in parts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    memo = {} if memo is None else memo
+    if "attention" not in memo:
+        memo["attention"] = Calls.of(own, past, q.device)
+    return _PackedAttention.apply(q, k, v, past_k, past_v, memo["attention"], backend or backend_for(q))
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, past_k, past_v, own, past, backend):
-        q, k, v, past_k, past_v = (None if x is None else _rows(x) for x in (q, k, v, past_k, past_v))
-        parts = [backend.forward(*(_view(x, s.q, s.q_len, s.count) for x in (q, k, v)), s.causal) for s in own]
-        out, lse = (_join(list(each)) for each in zip(*parts, strict=True))
-        assert len(out) == len(q), "own spans must cover the pack"
+    def forward(ctx, q, k, v, past_k, past_v, calls, backend):
+        q, k, v, past_k, past_v = (None if x is None else _last_contiguous(x) for x in (q, k, v, past_k, past_v))
+        out, lse = _join(calls.own, [backend.forward(q, k, v, call) for call in calls.own], len(q))
         past_keys, past_values = (k, v) if past_k is None else (past_k, past_v)
-        for s in past:
-            own_out, own_lse = _view(out, s.q, s.q_len, s.count), _view(lse, s.q, s.q_len, s.count)
-            keys = (_view(x, s.k, s.k_len, s.count) for x in (past_keys, past_values))
-            part = backend.forward(_view(q, s.q, s.q_len, s.count), *keys, s.causal)
-            merged = merge_attention(own_out, own_lse, *part)
-            own_out.copy_(merged[0])
-            own_lse.copy_(merged[1])
+        for call in calls.past:
+            _merge(out, lse, call.rows, *backend.forward(q, past_keys, past_values, call))
         ctx.save_for_backward(q, k, v, past_k, past_v, out, lse)
-        ctx.own, ctx.past, ctx.backend = own, past, backend
+        ctx.calls, ctx.backend = calls, backend
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, past_k, past_v, out, lse = ctx.saved_tensors
-        dout = _rows(dout)
-        parts = []
-        for s in ctx.own:
-            view = (_view(x, s.q, s.q_len, s.count) for x in (dout, q, k, v, out, lse))
-            parts.append(ctx.backend.backward(*view, s.causal))
-        dq, dk, dv = (_join(list(each)) for each in zip(*parts, strict=True))
+        dout, calls = _last_contiguous(dout), ctx.calls
+        parts = [ctx.backend.backward(dout, q, k, v, out, lse, call) for call in calls.own]
+        dq, dk, dv = _join(calls.own, parts, len(q))
         inside = past_k is None
         past_keys, past_values = (k, v) if inside else (past_k, past_v)
         dpast_k, dpast_v = (dk, dv) if inside else (torch.zeros_like(past_k), torch.zeros_like(past_v))
-        for s in ctx.past:
-            view = lambda x, s=s: _view(x, s.q, s.q_len, s.count)  # noqa: E731
-            keys = lambda x, s=s: _view(x, s.k, s.k_len, s.count)  # noqa: E731
-            grads = ctx.backend.backward(
-                view(dout), view(q), keys(past_keys), keys(past_values), view(out), view(lse), s.causal
-            )
-            view(dq).add_(grads[0])
-            keys(dpast_k).add_(grads[1])
-            keys(dpast_v).add_(grads[2])
-        return dq, dk, dv, *((None, None) if inside else (dpast_k, dpast_v)), None, None, None
+        for call in calls.past:
+            of_q, of_k, of_v = ctx.backend.backward(dout, q, past_keys, past_values, out, lse, call)
+            _add(dq, call.rows, of_q)
+            _add(dpast_k, call.key_rows, of_k)
+            _add(dpast_v, call.key_rows, of_v)
+        return dq, dk, dv, *((None, None) if inside else (dpast_k, dpast_v)), None, None
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _join(calls: Sequence[Call], parts: Sequence[tuple[torch.Tensor, ...]], tokens: int) -> list[torch.Tensor]:
+    """Results of calls that cover all tokens, token by token; no copy where one call does."""
+    assert sum(len(part[0]) for part in parts) == tokens, "own spans must cover the pack"
+    if len(calls) == 1 and isinstance(calls[0].rows, slice):
+        return list(parts[0])
+    joined = [x.new_empty((tokens, *x.shape[1:])) for x in parts[0]]
+    for call, part in zip(calls, parts, strict=True):
+        for whole, own in zip(joined, part, strict=True):
+            whole[call.rows] = own
+    return joined
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, rows: Rows, *part: torch.Tensor) -> None:
+    own = out[rows], lse[rows]  # views of a slice, copies of indices
+    merge_attention_(*own, *part)
+    if not isinstance(rows, slice):
+        out[rows], lse[rows] = own
+
+
+def _add(whole: torch.Tensor, rows: Rows, part: torch.Tensor) -> None:
+    if isinstance(rows, slice):
+        whole[rows].add_(part)
+    else:
+        whole.index_add_(0, rows, part)
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """The flash kernels read the last dimension as contiguous, whatever its stride says."""
     return x if x.stride(-1) == 1 else x.contiguous()

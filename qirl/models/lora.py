@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qirl.errors import UserError, nearest
-from qirl.models.quantised import FrozenLinear
+from qirl.models.linear import products_of, together
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "out")
 
@@ -36,30 +35,46 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, in] -> [N, out], in x's dtype."""
-        if not self.enabled:
-            return self.base_layer(x)
-        a, b = (part["default"].weight.to(x.dtype) for part in (self.lora_A, self.lora_B))
-        if isinstance(self.base_layer, FrozenLinear):
-            return torch.addmm(self.base_layer(x), x @ a.T, b.T, alpha=self.scale)
-        return _Product.apply(x, self.base_layer.weight, self.base_layer.bias, a, b, self.scale)
-
-
-class _Product(torch.autograd.Function):
-    """Both products of a LoRA layer, the second scaled and added into the first by one call, forward and backward alike."""
+        return self.together(x, [self])[0]
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale):
-        low = x @ a.T
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(low, b.T, alpha=scale)
+    def together(x: torch.Tensor, layers: Sequence[LoraLinear]) -> Sequence[torch.Tensor]:
+        """What `layers` make of the same x: their adapters read it in one product, and in one they send its gradient."""
+        bases, first = [layer.base_layer for layer in layers], layers[0]
+        if not first.enabled:
+            return together(x, *bases)
+        if any((layer.scale, layer.enabled) != (first.scale, True) for layer in layers) or len({*map(type, bases)}) > 1:
+            return [layer(x) for layer in layers]
+        a, b = (
+            [getattr(layer, name)["default"].weight.to(x.dtype) for layer in layers] for name in ("lora_A", "lora_B")
+        )
+        return _Products.apply(x, products_of(bases), first.scale, *a, *b)
+
+
+class _Products(torch.autograd.Function):
+    """The products of LoRA layers that share x, the adapters' scaled and added into the frozen ones by the same call,
+    forward and backward alike."""
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, a, b, low = ctx.saved_tensors
-        of_low, scaled = grad @ b, dict(beta=0, alpha=ctx.scale)  # beta=0: the first argument is not read
-        of_x = (grad @ weight).addmm_(of_low, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, torch.addmm(a, of_low.T, x, **scaled), torch.addmm(b, grad.T, low, **scaled), None
+    def forward(ctx, x, base, scale, *ab):
+        a, b = ab[: len(ab) // 2], ab[len(ab) // 2 :]
+        joint = a[0] if len(a) == 1 else torch.cat(a)
+        low, ctx.ranks = x @ joint.T, [len(own) for own in a]
+        ctx.save_for_backward(x, low, joint, *b)
+        ctx.base, ctx.scale = base, scale
+        parts = zip(base.forward(x), low.split(ctx.ranks, 1), b, strict=True)
+        return tuple(out.addmm_(own, w.T, alpha=scale) for out, own, w in parts)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, low, joint, *b = ctx.saved_tensors
+        of_low, scaled = torch.empty_like(low), dict(beta=0, alpha=ctx.scale)  # beta=0: the first argument is not read
+        for grad, own, w in zip(grads, of_low.split(ctx.ranks, 1), b, strict=True):
+            torch.mm(grad, w, out=own)
+        of_x = ctx.base.backward(grads).addmm_(of_low, joint, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        of_a = torch.addmm(joint, of_low.T, x, **scaled).split(ctx.ranks)
+        parts = zip(b, grads, low.split(ctx.ranks, 1), strict=True)
+        return of_x, None, None, *of_a, *(torch.addmm(w, grad.T, own, **scaled) for w, grad, own in parts)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> nn.Module:

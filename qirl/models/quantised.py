@@ -7,7 +7,7 @@ and 1/16 of itself in e4m3. Exports merge adapters into the weights of the file,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,19 @@ class FrozenLinear(nn.Linear):
         return dequantised(self.weight, self.scale, self.kind, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _Product.apply(x, self.weight, self.scale, self.kind)
-        return out if self.bias is None else out + self.bias
+        return _Frozen.apply(x, self.products([self]))
+
+    class products:  # of qirl.models.linear
+        """Products with the weights that the 8 bits stand for, made anew for the forward and the backward."""
+
+        def __init__(self, layers: Sequence[FrozenLinear]):
+            self.layers = layers
+
+        def forward(self, x):
+            return [F.linear(x, layer.whole(x.dtype), layer.bias) for layer in self.layers]
+
+        def backward(self, grads):
+            return sum(grad @ layer.whole(grad.dtype) for grad, layer in zip(grads, self.layers, strict=True))
 
 
 def dequantised(bits: torch.Tensor, scale: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
@@ -54,28 +65,26 @@ def dequantised(bits: torch.Tensor, scale: torch.Tensor, kind: str, dtype: torch
     return values.to(dtype) * scale.to(dtype)
 
 
-class _Product(torch.autograd.Function):
-    """x W^T, which keeps the 8 bits of W for the backward and not the weight that they stand for."""
+class _Frozen(torch.autograd.Function):
+    """One layer's product, which keeps nothing for the backward: the weights take no gradient."""
 
     @staticmethod
-    def forward(ctx, x, bits, scale, kind):
-        ctx.save_for_backward(bits, scale)
-        ctx.kind = kind
-        return F.linear(x, dequantised(bits, scale, kind, x.dtype))
+    def forward(ctx, x, products):
+        ctx.products = products
+        return products.forward(x)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        bits, scale = ctx.saved_tensors
-        return grad @ dequantised(bits, scale, ctx.kind, grad.dtype), None, None, None
+        return ctx.products.backward([grad]), None
 
 
 def quantise(model: nn.Module, kind: str) -> None:
     """Puts a FrozenLinear, yet to be filled, in place of every linear layer of the blocks."""
-    for parent, name, linear in list(_linears(model)):
+    for parent, name, linear in list(linears_of(model)):
         setattr(parent, name, FrozenLinear(linear, kind))
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def linears_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for block in model.transformer_blocks:
         for parent in block.modules():
             for name, child in parent.named_children():

@@ -21,6 +21,7 @@ from qirl.kernels.residual_norm import residual_norm
 from qirl.models import qwen_image_21
 from qirl.models.architecture import Recomputed, check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
+from qirl.models.linear import together
 from qirl.models.qwen_image_21 import MakeLinear, Weight, model_time
 from qirl.models.rope import Rope
 from qirl.packing import JointPack
@@ -82,6 +83,8 @@ class FeedForward(nn.Module):
 
 
 class JointAttention(Recomputed):
+    backend = None  # of qirl.models.attention_backends; None: the fastest that serves
+
     def __init__(self, config: QwenImageConfig, make_linear: MakeLinear):
         super().__init__()
         width, self.head_dim = config.width, config.attention_head_dim
@@ -96,12 +99,14 @@ class JointAttention(Recomputed):
         """Both streams' outputs of joint attention, before their output projections; [I + F, W] and [T, W]."""
         (cos, sin), heads = rope, (-1, self.head_dim)
         of_text, of_image = (cos[: len(text)], sin[: len(text)]), (cos[len(text) :], sin[len(text) :])
-        norm = lambda x, weight, turn: qk_norm_rope(x.unflatten(-1, heads), weight.weight, *turn, EPS)  # noqa: E731
-        q = norm(self.add_q_proj(text), self.norm_added_q, of_text), norm(self.to_q(image), self.norm_q, of_image)
-        k = norm(self.add_k_proj(text), self.norm_added_k, of_text), norm(self.to_k(image), self.norm_k, of_image)
-        v = self.add_v_proj(text).unflatten(-1, heads), self.to_v(image).unflatten(-1, heads)
-        q, k, v = (torch.cat(streams).index_select(0, pack.order) for streams in (q, k, v))
-        out = packed_attention(q, k, v, None, None, pack.own, ()).flatten(1).index_select(0, pack.back)
+        norm = lambda x, weight, turn: qk_norm_rope(x, weight.weight, *turn, EPS)  # noqa: E731
+        streams = (image, self.to_q, self.to_k, self.to_v), (text, self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        (q, k, v), (text_q, text_k, text_v) = ((y.unflatten(-1, heads) for y in together(*each)) for each in streams)
+        q = norm(text_q, self.norm_added_q, of_text), norm(q, self.norm_q, of_image)
+        k = norm(text_k, self.norm_added_k, of_text), norm(k, self.norm_k, of_image)
+        q, k, v = (torch.cat(streams).index_select(0, pack.order) for streams in (q, k, (text_v, v)))
+        out = packed_attention(q, k, v, None, None, pack.own, (), self.backend, pack.memo)
+        out = out.flatten(1).index_select(0, pack.back)
         return out[len(text) :], out[: len(text)]
 
 

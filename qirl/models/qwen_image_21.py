@@ -23,6 +23,7 @@ from qirl.kernels.residual_norm import residual_norm
 from qirl.kernels.swiglu import swiglu
 from qirl.models.architecture import Recomputed, check_sizes, from_diffusers
 from qirl.models.attention import packed_attention
+from qirl.models.linear import together
 from qirl.models.rope import Rope
 from qirl.packing import PackedBatch
 
@@ -78,6 +79,8 @@ def plain_linear(inputs: int, outputs: int) -> nn.Module:
 
 
 class Attention(Recomputed):
+    backend = None  # of qirl.models.attention_backends; None: the fastest that serves
+
     def __init__(self, config: QwenImage21Config, make_linear: MakeLinear):
         super().__init__()
         self.head_dim, self.eps = config.attention_head_dim, config.eps
@@ -88,14 +91,13 @@ class Attention(Recomputed):
         self.norm_q, self.norm_k = Weight(torch.ones(self.head_dim)), Weight(torch.ones(self.head_dim))
 
     def keys_values(self, x, rope):
-        k, v = self.to_k(x).unflatten(-1, (-1, self.head_dim)), self.to_v(x).unflatten(-1, (-1, self.head_dim))
+        k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in together(x, self.to_k, self.to_v))
         return qk_norm_rope(k, self.norm_k.weight, *rope, self.eps), v
 
     def run(self, x, rope, pack: PackedBatch, past):
-        q = self.to_q(x).unflatten(-1, (-1, self.head_dim))
-        q = qk_norm_rope(q, self.norm_q.weight, *rope, self.eps)
-        k, v = self.keys_values(x, rope)
-        out = packed_attention(q, k, v, *(past or (None, None)), pack.own, pack.past)
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in together(x, self.to_q, self.to_k, self.to_v))
+        q, k = (qk_norm_rope(y, n.weight, *rope, self.eps) for y, n in ((q, self.norm_q), (k, self.norm_k)))
+        out = packed_attention(q, k, v, *(past or (None, None)), pack.own, pack.past, self.backend, pack.memo)
         return self.to_out[0](out.flatten(1)), (k, v)
 
 
@@ -107,7 +109,7 @@ class FeedForward(nn.Module):
         self.gate_layer = make_linear(width, hidden)
 
     def forward(self, x):
-        return self.out(swiglu(self.gate_layer(x), self.proj(x)))
+        return self.out(swiglu(*together(x, self.gate_layer, self.proj)))
 
 
 class Block(Recomputed):

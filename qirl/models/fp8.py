@@ -1,0 +1,194 @@
+"""The blocks' matrix products in 8-bit floats, by torch._scaled_mm (`model.fp8=torch`).
+
+Activations and weights are e4m3 with one scale a row, gradients of outputs e5m2: y = x8 W8^T and dx = g8 W8, both in 8 bits,
+summed in float32. What a weight's gradient is made of stays in the model's dtype. Layers that share their input
+quantise it once; their gradients are quantised side by side, so one product sums them. A frozen weight is quantised once,
+for its forward and (transposed, with scales of its own) for its backward; a trained one at every pass, apart from rollouts
+(`held`). Rollout and update run the same products, so the ratio before the first update is still exactly 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qirl.errors import UserError
+from qirl.kernels.quantise_rows import quantise_rows
+from qirl.models.quantised import FrozenLinear, linears_of
+
+FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+MULTIPLE = 16  # of the sizes of a weight, as the products ask for
+
+
+class Fp8Linear(nn.Linear):
+    """A linear layer that multiplies in 8 bits: of a float weight, or of a FrozenLinear that holds e4m3 already.
+
+    Its parameters are those of the layer it is made from, under the same names.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.bits = isinstance(linear, FrozenLinear)
+        if self.bits:
+            self.scale, self.kind = linear.scale, linear.kind
+        self.exact = self.held = False
+        self.kept: dict = {}
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] in `dtype`."""
+        return FrozenLinear.whole(self, dtype) if self.bits else self.weight.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, in] -> [N, out], in x's dtype."""
+        return self.together(x, [self])[0]
+
+    @staticmethod
+    def together(x: torch.Tensor, layers: Sequence[Fp8Linear]) -> Sequence[torch.Tensor]:
+        trained = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        return _Fp8.apply(x, Fp8Products(layers), *trained)
+
+    def products(layers):  # noqa: N805  a kind of qirl.models.linear
+        return Fp8Products(layers)
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """e4m3 [out, in] and its scale float32 [1, out]."""
+        if self.bits:
+            return self.weight.view(FORWARD), self.scale.T
+        values, scale = quantise_rows([self.weight], FORWARD)
+        return values, scale.T
+
+    def keep(self, name, make: Callable):
+        """What `make` makes of the weight, made once while the weight stays as it is."""
+        if self.weight.requires_grad and not self.held:
+            return make()
+        state = self.weight.data_ptr(), self.weight._version
+        if self.kept.get(name, (None,))[0] != state:
+            self.kept[name] = state, make()
+        return self.kept[name][1]
+
+
+class Fp8Products:
+    """Products of layers that share x; see qirl.models.linear."""
+
+    def __init__(self, layers: Sequence[Fp8Linear]):
+        self.layers = layers
+
+    def forward(self, x):
+        if self.layers[0].exact or not len(x):
+            return [F.linear(x, layer.whole(x.dtype), layer.bias) for layer in self.layers]
+        values, scale = quantise_rows([x], FORWARD)
+        outs = []
+        for layer in self.layers:
+            weight, unit = layer.keep("rows", layer.rows)
+            out = _product(values, weight, scale, unit, x.dtype)
+            outs.append(out if layer.bias is None else out.add_(layer.bias))
+        return outs
+
+    def backward(self, grads):
+        if self.layers[0].exact or not len(grads[0]):
+            return sum(grad @ layer.whole(grad.dtype) for grad, layer in zip(grads, self.layers, strict=True))
+        values, scale = quantise_rows(grads, BACKWARD)
+        weight, unit = self.layers[0].keep(len(self.layers), self._columns)
+        return _product(values, weight, scale, unit, grads[0].dtype)
+
+    def _columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """e4m3 [in, sum of out] of all weights transposed, side by side, and its scale float32 [1, in]."""
+        dtype = torch.bfloat16 if self.layers[0].bits else self.layers[0].weight.dtype
+        values, scale = quantise_rows([layer.whole(dtype).T.contiguous() for layer in self.layers], FORWARD)
+        return values, scale.T
+
+
+def _product(values, weight, scale, unit, dtype) -> torch.Tensor:
+    """[N, K] times [M, K] transposed, scaled back: [N, M] in `dtype`."""
+    out = dtype if values.device.type == "cpu" else torch.bfloat16  # CUDA's has one type of result
+    return torch._scaled_mm(values, weight.T, scale, unit, out_dtype=out, use_fast_accum=True).to(dtype)
+
+
+class _Fp8(torch.autograd.Function):
+    """Layers without adapters: the gradient of x in 8 bits, those of trained weights and biases in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x, products, *trained):
+        ctx.products = products
+        ctx.save_for_backward(*([x] if trained else []))
+        return tuple(products.forward(x))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        of_x = ctx.products.backward(grads) if ctx.needs_input_grad[0] else None
+        own = []
+        for grad, layer in zip(grads, ctx.products.layers, strict=True):
+            if layer.weight.requires_grad:
+                own.append(grad.T @ ctx.saved_tensors[0])
+            if layer.bias is not None and layer.bias.requires_grad:
+                own.append(grad.sum(0))
+        return of_x, None, *own
+
+
+def use_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Puts an Fp8Linear in place of every linear layer of the blocks.
+
+    Raises UserError for a GPU without 8-bit products, another dtype than bfloat16 on a GPU, and sizes that do not fit.
+    """
+    _check(device, dtype)
+    for parent, name, linear in list(linears_of(model)):
+        if isinstance(linear, FrozenLinear) and linear.kind != "fp8":
+            raise UserError(
+                f"model.base={linear.kind} cannot multiply in 8-bit floats; use model.base=fp8, or model.fp8=off"
+            )
+        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+            raise UserError(
+                f"model.fp8=torch takes weights of multiples of {MULTIPLE}; {name} has {linear.out_features} x "
+                f"{linear.in_features}: use model.fp8=off"
+            )
+        setattr(parent, name, Fp8Linear(linear))
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise UserError(
+            f"model.fp8=torch needs a GPU with 8-bit products (compute capability 8.9 or higher, such as an H100); "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: use model.fp8=off, or model.base=fp8 to save memory"
+        )
+    if dtype != torch.bfloat16:
+        raise UserError(
+            f"model.fp8=torch multiplies into bfloat16 on a GPU, and model.dtype is {str(dtype).removeprefix('torch.')}; "
+            "set model.dtype=bfloat16, or model.fp8=off"
+        )
+
+
+@contextlib.contextmanager
+def held(model: nn.Module):
+    """Weights do not change inside the block: trained ones are quantised once too."""
+    layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    for layer in layers:
+        layer.held = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = False
+            if layer.weight.requires_grad:
+                layer.kept.clear()
+
+
+@contextlib.contextmanager
+def exact(model: nn.Module):
+    """Inside the block all products are in the model's dtype: what 8 bits are compared with."""
+    layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    for layer in layers:
+        layer.exact = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.exact = False
