@@ -54,6 +54,15 @@ def build_model(config: Section, family: Family, device, master: torch.dtype) ->
     return model.to(device, master)
 
 
+def equip(model: Transformer, config: Section) -> Transformer:
+    """What a run puts on its model, in place: activation checkpointing, and the adapters of LoRA."""
+    recompute(model, config.model.checkpointing)
+    lora = config.model.lora
+    if lora.rank:
+        add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
+    return model
+
+
 def initialise(model: Transformer, seed: int) -> None:
     """Xavier weights from one seeded generator; blocks start as the identity (zero gates), the output at zero."""
     generator = torch.Generator().manual_seed(seed % 2**63)
@@ -83,17 +92,13 @@ class Engine:
     def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, family: Family) -> Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
         model_config(config, family)
-        lora = config.model.lora
         frozen = config.model.frozen
 
         def build(device, master: torch.dtype) -> Transformer:
             model = build_model(config, family, device, DTYPES[config.model.dtype] if frozen else master)
-            recompute(model, config.model.checkpointing)
-            if lora.rank:
-                add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
-            return model
+            return equip(model, config)
 
-        return cls.around(build, config, config.model.dtype, lora=bool(lora.rank), frozen=frozen)
+        return cls.around(build, config, config.model.dtype, lora=bool(config.model.lora.rank), frozen=frozen)
 
     @classmethod
     def around(

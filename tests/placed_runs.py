@@ -26,7 +26,7 @@ from qirl.pretraining import pretrain
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kernel_times  # noqa: E402
-import throughput  # noqa: E402
+import throughput_baselines as throughput  # noqa: E402
 from kernel_ops import Model, gradients  # noqa: E402
 
 SHAPES = (Model("2.1", 64, 4), Model("1.x", 48, 3, shifted=True, bounded=False))

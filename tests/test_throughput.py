@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "benchmarks/throughput.py"
+PATH = Path(__file__).parents[1] / "benchmarks/throughput_baselines.py"
 
 
 @pytest.fixture(scope="module")
