@@ -139,6 +139,12 @@ class Model(Section):
     checkpointing: Literal["none", "attention", "block"] = option(
         "none", "what runs again in the backward instead of being kept: nothing, attention, or whole blocks"
     )
+    attention: Literal["auto", "fastest", "cudnn", "flash", "flash_attn", "efficient", "dense", "cpu"] = option(
+        "auto", "attention kernels of the blocks; auto: the fastest that serve the device, the dtype and the head size"
+    )
+    fp8: Literal["off", "torch", "te"] = option(
+        "off", "matrix products of the blocks in 8-bit floats: by torch or by Transformer Engine (H100 and later)"
+    )
     architecture: Architecture = option(Architecture(), "size of a model that starts from nothing (pretrain)")
     lora: Lora = option(Lora(), "low-rank adapters instead of all parameters")
 

@@ -20,6 +20,7 @@ from qirl.families import Family
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter
 from qirl.models.architecture import Transformer, recompute
+from qirl.models.execution import compute_as
 from qirl.models.folders import WORLD_FILE, find_model
 from qirl.models.lora import add_lora, merged_state, with_base
 from qirl.models.quantised import LARGEST
@@ -55,7 +56,8 @@ def build_model(config: Section, family: Family, device, master: torch.dtype) ->
 
 
 def equip(model: Transformer, config: Section) -> Transformer:
-    """What a run puts on its model, in place: activation checkpointing, and the adapters of LoRA."""
+    """What a run puts on its model, in place: how it computes, activation checkpointing, and the adapters of LoRA."""
+    compute_as(model, config.model)
     recompute(model, config.model.checkpointing)
     lora = config.model.lora
     if lora.rank:

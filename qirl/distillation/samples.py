@@ -7,8 +7,8 @@ import torch
 from qirl.families import images_of, targets_of
 from qirl.flow.rollout import rollout
 from qirl.kernels.philox import stream
+from qirl.models.execution import at_rest
 from qirl.packing import cut
-from qirl.parallel.data import gathered
 from qirl.policy.monitor import MONITOR_ITERATION, without_noise
 from qirl.run.folder import write_json
 from qirl.run.plots import row
@@ -37,7 +37,7 @@ def draw(distiller, prompts) -> list[torch.Tensor]:
     flow, latents = without_noise(config.flow), []
     draws = stream(config.run.seed, [p.id for p in prompts], list(range(len(prompts))), MONITOR_ITERATION, ranks.device)
     sizes = [t.tokens for t in targets_of(family, prompts)]
-    with gathered(distiller.engine.model):
+    with at_rest(distiller.engine.model):
         for run in cut(sizes, flow.rollout_tokens, "flow.rollout_tokens"):
             own = [prompts[i] for i in run]
             targets, conditions = targets_of(family, own), [family.condition(p) for p in own]

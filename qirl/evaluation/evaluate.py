@@ -30,6 +30,7 @@ from qirl.families.registry import is_pipeline
 from qirl.flow.rollout import not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.architecture import Transformer
+from qirl.models.execution import compute_as
 from qirl.models.folders import find_model, world_facts
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import load_model
@@ -174,7 +175,8 @@ def open_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(folder, DTYPES[config.model.dtype], device, variant=config.model.variant).eval()
+    model = load_model(folder, DTYPES[config.model.dtype], device, variant=config.model.variant)
+    return compute_as(model, config.model).eval()
 
 
 def balanced(prompts: Sequence[Prompt], count: int, seed: int) -> list[tuple[Prompt, int]]:

@@ -9,8 +9,9 @@ import torch
 from qirl.data.prompts import Prompt
 from qirl.flow.rollout import Rollout, rollout
 from qirl.kernels.philox import Stream
+from qirl.models.execution import at_rest
 from qirl.packing import Target, cut, send
-from qirl.parallel.data import agree, gathered
+from qirl.parallel.data import agree
 
 
 def sample_in_batches(trainer, prompts: Sequence[Prompt], targets, draws: Stream, nodes=None, flow=None, done=None):
@@ -24,7 +25,7 @@ def sample_in_batches(trainer, prompts: Sequence[Prompt], targets, draws: Stream
     _, count = agree(False, len(runs), trainer.engine.ranks)
     keep_states = trainer.config.policy.loss != "nft" and nodes is not None
     x0, kept = [None] * len(targets), {}
-    with gathered(trainer.engine.model):
+    with at_rest(trainer.engine.model):
         for place in range(count):
             run = runs[place % len(runs)]
             out = _roll(trainer, prompts, targets, draws, nodes if keep_states else None, flow, run)
