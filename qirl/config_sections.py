@@ -63,6 +63,10 @@ class Run(Section):
     threads: int = option(
         0, "CPU threads of torch; 0 leaves it to torch (a run repeats bit for bit only at the same number)", ge=0
     )
+    graphs: bool = option(
+        False,
+        "calls of the transformer as CUDA graphs, for one GPU and weights that are not sharded: the host no longer limits",
+    )
     report: bool = option(True, "write report.html and summary.json at the end")
     tracker: Literal["none", "tensorboard", "wandb"] = option("none", "where metrics go besides metrics.jsonl")
 

@@ -20,8 +20,9 @@ from qirl.families import Family
 from qirl.flow.rollout import DTYPES
 from qirl.models.adapters import save_adapter
 from qirl.models.architecture import Transformer, recompute
-from qirl.models.execution import compute_as
+from qirl.models.execution import compute_as, runner_of
 from qirl.models.folders import WORLD_FILE, find_model
+from qirl.models.graphs import Graphed
 from qirl.models.lora import add_lora, merged_state, with_base
 from qirl.models.quantised import LARGEST
 from qirl.models.weights import Config, load_config, load_model, new_model, read_weights, save_model
@@ -89,6 +90,10 @@ class Engine:
     scores: JsonLines
     trackers: Trackers | None = None  # opened by `resume`, which knows the step they go on from
     notes: dict = field(default_factory=dict)  # JSON-able facts that a run learns and a checkpoint keeps
+    runner: Transformer | Graphed | None = None  # what is called as the model: itself, or its graphs
+
+    def __post_init__(self):
+        self.runner = self.runner or runner_of(self.model, self.config, self.ranks.mesh is not None)
 
     @classmethod
     def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, family: Family) -> Engine:

@@ -90,13 +90,13 @@ def micro_step(engine: Engine, conditions, sizes, draws, members, x0, t, live: b
     """Adds the gradients of one pack (none if it is only there to keep ranks in step); returns its summed loss."""
     device, own = engine.ranks.device, members.tolist()
     targets = [Target(place, *sizes[i]) for place, i in enumerate(own)]
-    body = pack([conditions[i] for i in own], targets, device=device)
+    body = pack([conditions[i] for i in own], targets, device=device, pad=engine.runner.pad)
     row, token = body.target_row, body.token_in_target
     clean = send(torch.cat([x0[i] for i in own]), device)
     noise = normal(draws.to(device), row, token, clean.shape[1], 0, LOSS)
     times = send(t[members].float(), device)
     along = times[row, None]
-    v = engine.model(body, (1 - along) * clean + along * noise, times)
+    v = engine.runner(body, (1 - along) * clean + along * noise, times)
     loss = velocity_match(v, noise - clean, body.lengths, row=row).sum()
     (loss / engine.config.pretrain.batch if live else loss * 0).backward()
     return loss.detach() if live else loss.detach() * 0

@@ -1,11 +1,14 @@
 """packed_attention against dense-mask SDPA over all tokens, the mask built from the pack's token labels."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_varlen import DenseVarlen
 
 from qirl.models.attention import packed_attention
-from qirl.models.attention_backends import CpuFlash, Dense, Varlen
+from qirl.models.attention_backends import CpuFlash, Dense
 from qirl.packing import Condition, Target, pack
 
 HEADS, DIM = 2, 6
@@ -25,35 +28,6 @@ CASES = {
     "a prompt without targets": ([[("text", 3)], [("text", 7)]], [(1, 1, 3)]),
     "prefix only": ([[("text", 3), ("image", 3, 3)], [("text", 33)], [("text", 7), ("image", 1, 1), ("text", 1)]], []),
 }  # fmt: skip
-
-
-class DenseVarlen(Varlen):
-    """What the varlen kernels of a GPU compute, sequence by sequence: given cumulative lengths and nothing else."""
-
-    def run(self, q, k, v, n, causal):
-        parts = [self._dense(False, *x, causal) for x in self._sequences(n, (q,), (k, v))]
-        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
-
-    def run_backward(self, dout, q, k, v, out, lse, n, causal):
-        sequences = self._sequences(n, (dout, q), (k, v), (out, lse))
-        return tuple(torch.cat(each) for each in zip(*(self._dense(True, *x, causal) for x in sequences), strict=True))
-
-    def _sequences(self, n, queries, keys, more=()):
-        lengths_q, lengths_k = n.q.diff().tolist(), n.k.diff().tolist()
-        assert n.longest == (max(lengths_q), max(lengths_k)) and n.q.dtype == n.k.dtype == torch.int32
-        cut = (
-            [x.split(lengths_q) for x in queries]
-            + [x.split(lengths_k) for x in keys]
-            + [x.split(lengths_q) for x in more]
-        )
-        return zip(*cut, strict=True)
-
-    @staticmethod
-    def _dense(backward, *tensors):
-        *tensors, causal = tensors
-        batch = [x.transpose(0, 1)[None] for x in tensors]
-        found = (Dense().run_backward if backward else Dense().run)(*batch, causal)
-        return [x[0].transpose(0, 1) for x in found]
 
 
 BACKENDS = [CpuFlash(), Dense(), DenseVarlen()]
@@ -109,9 +83,7 @@ def test_values_and_gradients_equal_a_masked_softmax(case, backend):
     q, k, v, weights = draw(packed.tokens, seed=1)
     mask = mask_of(packed)
     expected = gradients(lambda *qkv: dense(*qkv, mask), (q, k, v), weights)
-    got = gradients(
-        lambda *qkv: packed_attention(*qkv, None, None, packed.own, packed.past, backend), (q, k, v), weights
-    )
+    got = gradients(lambda *qkv: packed_attention(*qkv, None, None, packed, backend), (q, k, v), weights)
     assert worst(got[0], expected[0]) <= EXACT
     for name, mine, theirs in zip("qkv", got[1], expected[1], strict=True):
         assert worst(mine, theirs) <= EXACT, name
@@ -132,7 +104,7 @@ def test_targets_on_kept_keys_and_values_equal_a_masked_softmax(case, backend):
         tensors,
         weights[p:],
     )
-    got = gradients(lambda *five: packed_attention(*five, packed.own, packed.past, backend), tensors, weights[p:])
+    got = gradients(lambda *five: packed_attention(*five, packed, backend), tensors, weights[p:])
     assert worst(got[0], expected[0]) <= EXACT
     for name, mine, theirs in zip(("q", "k", "v", "past_k", "past_v"), got[1], expected[1], strict=True):
         if theirs.numel():
@@ -149,9 +121,9 @@ def test_a_last_dimension_that_is_not_contiguous_is_read_correctly(backend):
     assert q.stride(-1) != 1
     mask = mask_of(whole)
     expected = gradients(lambda *qkv: dense(*qkv, mask), (q, k, v), weights)
-    got = gradients(lambda *qkv: packed_attention(*qkv, None, None, whole.own, whole.past, backend), (q, k, v), weights)
+    got = gradients(lambda *qkv: packed_attention(*qkv, None, None, whole, backend), (q, k, v), weights)
     assert max(worst(a, b) for a, b in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True)) <= EXACT
-    out = packed_attention(q[p:], k[p:], v[p:], k[:p], v[:p], packed.own, packed.past, backend)
+    out = packed_attention(q[p:], k[p:], v[p:], k[:p], v[:p], packed, backend)
     assert worst(out, expected[0][p:]) <= EXACT
 
 
@@ -160,7 +132,7 @@ def test_bfloat16_stays_within_its_rounding_of_float32(backend):
     """Inputs equal in both; outputs round to 8 bits (2^-9 relative), after at most two roundings of parts: 2^-6."""
     packed = pack(*build("reference images"))
     q, k, v, weights = draw(packed.tokens, seed=4, dtype=torch.bfloat16)
-    run = lambda *qkv: packed_attention(*qkv, None, None, packed.own, packed.past, backend)  # noqa: E731
+    run = lambda *qkv: packed_attention(*qkv, None, None, packed, backend)  # noqa: E731
     half = gradients(run, (q, k, v), weights)
     full = gradients(run, [x.float() for x in (q, k, v)], weights.float())
     assert half[0].dtype == torch.bfloat16
@@ -172,4 +144,4 @@ def test_spans_that_leave_tokens_out_are_caught():
     packed = pack(*build("odd lengths"))
     q, k, v, _ = draw(packed.tokens, seed=5)
     with pytest.raises(AssertionError, match="cover"):
-        packed_attention(q, k, v, None, None, packed.own[:-1], packed.past)
+        packed_attention(q, k, v, None, None, dataclasses.replace(packed, own=packed.own[:-1], memo={}))

@@ -195,7 +195,7 @@ def test_an_interrupted_scheduler_stops_its_arms_by_a_signal_and_goes_on(tmp_pat
     first.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in first.communicate(timeout=20)[1]
     assert log(tmp_path) == ["quick", "saved"]
-    assert program(0.1).wait(timeout=30) == 0
+    assert program(0.1).wait(timeout=120) == 0
     assert log(tmp_path) == ["quick", "saved", "long"]
     assert json.loads((tmp_path / "arms.json").read_text())["long"]["done"]
 

@@ -56,9 +56,9 @@ REWARDS = {
 JUDGE = "path records max_missing omit loss language batch per_prompt micro pixels dtype vision rank alpha mode chains validate_every"
 SERVE = "host port token_variable batch wait queue timeout max_body max_images max_pixels"
 KEYS = {
-    "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads report tracker",
+    "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads graphs report tracker",
     "world": "name task prompts text_dim resolution categories max_bad negative",
-    "model": "path pipeline variant dtype base checkpointing",
+    "model": "path pipeline variant dtype base checkpointing attention fp8",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
     "model.lora": "rank alpha targets",
     "flow": "steps guidance rescale sampler level stochastic storage rollout_tokens base_shift max_shift base_tokens "

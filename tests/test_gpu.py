@@ -74,7 +74,7 @@ def test_attention_backends_equal_the_formula_with_gradients(name, dtype, layout
     def run(backend, inputs, packed, past=(None, None), weights=weights):
         leaves = [x.detach().requires_grad_() for x in (*inputs, *past) if x is not None]
         given = (*leaves[:3], *(leaves[3:] or past))
-        out = packed_attention(*given, packed.own, packed.past, backend)
+        out = packed_attention(*given, packed, backend)
         return [out, *torch.autograd.grad((out.float() * weights).sum(), leaves)]
 
     p = whole.prefix_tokens

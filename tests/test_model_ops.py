@@ -7,7 +7,7 @@ import torch
 
 from qirl.kernels import qk_norm_rope as qk_norm_rope_file
 from qirl.kernels.gated_residual import gated_residual
-from qirl.kernels.merge_attention import merge_attention
+from qirl.kernels.merge_attention import merge_attention_
 from qirl.kernels.norm_modulate import norm_modulate
 from qirl.kernels.qk_norm_rope import qk_norm_rope
 from qirl.kernels.residual_norm import residual_norm
@@ -43,6 +43,13 @@ def draws(dtype=torch.float64, seed=0):
     }  # fmt: skip
 
 
+def merge_attention(out, lse, part, part_lse):
+    """Merged copies."""
+    out, lse = out.clone(), lse.clone()
+    merge_attention_(out, lse, part, part_lse)
+    return out, lse
+
+
 @pytest.mark.parametrize("op", draws())
 def test_gradients_equal_finite_differences(op):
     run, inputs = draws()[op]
@@ -59,13 +66,6 @@ def test_gradients_of_residual_norm_equal_finite_differences(shifted, bounded):
         return residual_norm(x, y, gate, scale, ROW, shift=shift, bounded=bounded)
 
     assert torch.autograd.gradcheck(run, inputs)
-
-
-def test_gradients_of_merged_attention_equal_finite_differences():
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(N, HEADS, DIM), (N, HEADS)] * 2
-    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-    assert torch.autograd.gradcheck(merge_attention, inputs)
 
 
 @pytest.mark.parametrize("op", draws())

@@ -22,13 +22,17 @@ SIZES = {
     name: "i32"
     for name in (
         "width", "stride", "tokens", "heads", "half", "rows", "dim", "tiles", "size", "chunks", "channels", "quads",
-        "samples", "components",
+        "samples", "components", "stride_a", "stride_b", "stride_c", "out_token", "out_head", "part_token", "part_head",
+        "lse_token", "lse_head", "part_lse_token", "part_lse_head",
     )
 }  # fmt: skip
 SIZES |= {"count": "i64", "calls": "i64", "seed": "i64"}
 SIZES |= dict.fromkeys(("eps", "level", "sine", "guidance", "beta", "scale", "low", "high", "clip"), "fp32")
 # sizes that are multiples of 16 at the real shapes
-EVEN = ("width", "stride", "count", "half", "dim", "channels", "quads", "calls")
+EVEN = (
+    "width", "stride", "count", "half", "dim", "channels", "quads", "calls", "stride_a", "stride_b", "stride_c", "out_token",
+    "out_head", "part_token", "part_head",
+)  # fmt: skip
 ROWS = dict(TOKENS=1, BLOCK=4096)
 # op.kernel: pointers (None: left out), compile-time sizes, warps; 2.1 is 4096 wide with heads of 128, 1.x 3072
 KERNELS = {
@@ -53,7 +57,7 @@ KERNELS = {
         dict(dout=B, dscaled=B, out=B, y=B, gate=B, scale=B, dx=B, dy=B, **CHUNKS),
         dict(BOUNDED=False, SHIFTED=True, **ROWS), 16,
     ),
-    "merge_attention._kernel": (dict(out_a=B, lse_a=F, out_b=B, lse_b=F, out=B, lse=F), dict(ROWS=16, DIM=128), 4),
+    "merge_attention._kernel": (dict(out=B, lse=F, part=B, part_lse=F), dict(ROWS=16, DIM=128), 4),
     "philox._kernel": (dict(row=I, token=I, prompt=I, sample=I, word=I, out=F), dict(BLOCK=512), 4),
     "flow_step._kernel": (
         dict(x=F, cond=B, uncond=B, row=I, **STEP, prompt=I, sample=I, word=I, index=I, x_next=F, squares=F),
@@ -82,6 +86,7 @@ KERNELS = {
         dict(total=D, value=D, valid="*i1", scale=D, advantage=F, floor=D), dict(CONVENTION=3, BLOCK=1024), 16,
     ),
     "modulation._table_kernel": (dict(row=I, order=J, spans=J, first=J), dict(BLOCK=4096), 16),
+    "quantise_rows._kernel": (dict(a=B, b=B, c=B, out="*fp8e4nv", scale=F), dict(LARGEST=448.0, PARTS=3, BLOCK=4096), 16),
     "modulation._reduce_kernel": (dict(partial=F, first=J, out=B), dict(CHUNKS=64, BLOCK=32), 4),
 }  # fmt: skip
 # kernels that may move fewer than 16 bytes a time: their outputs are small or scattered
@@ -96,6 +101,7 @@ SUMS = (
     "flow_step._kernel",
     "policy_triton._forward_kernel",
     "velocity_match._forward_kernel",
+    "quantise_rows._kernel",
 )
 
 

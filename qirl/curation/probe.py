@@ -26,7 +26,7 @@ from qirl.families import Family, images_of, largest_target, targets_of
 from qirl.flow.rollout import grids, not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.architecture import Transformer
-from qirl.models.execution import compute_as
+from qirl.models.execution import compute_as, runner_of
 from qirl.models.folders import find_model, world_facts
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import check_values, check_weights, load_model, new_model
@@ -66,7 +66,7 @@ class Probe:
         if self.model is None:
             folder, dtype = find_model(config.model.path), DTYPES[config.model.dtype]
             model = load_model(folder, dtype, self.ranks.device, variant=config.model.variant)
-            self.model = compute_as(model, config.model).eval()
+            self.model = runner_of(compute_as(model, config.model).eval(), config)
 
 
 def collect(probe: Probe, quiet: bool = False) -> Ledger:

@@ -42,5 +42,5 @@ def draw(distiller, prompts) -> list[torch.Tensor]:
             own = [prompts[i] for i in run]
             targets, conditions = targets_of(family, own), [family.condition(p) for p in own]
             rows = draws.rows(torch.tensor(run, device=ranks.device))
-            latents += rollout(distiller.engine.model, conditions, targets, rows, flow).latents()
+            latents += rollout(distiller.engine.runner, conditions, targets, rows, flow).latents()
     return latents

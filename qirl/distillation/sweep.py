@@ -62,6 +62,7 @@ class Lesson:
     stream: Stream
     grid: torch.Tensor
     nodes: Sequence[tuple[int, ...]]
+    pad: int = 1  # that of the student, for all packs
     _parts: dict[tuple[int, ...], Part] = field(default_factory=dict, repr=False)
 
     def take(self, members: Sequence[int]) -> Lesson:
@@ -73,7 +74,7 @@ class Lesson:
         negatives = [self.negatives[i] for i in used] if self.negatives else ()
         return Lesson(
             [self.conditions[i] for i in used], negatives, targets, self.stream.rows(rows), self.grid[rows],
-            [self.nodes[i] for i in members],
+            [self.nodes[i] for i in members], self.pad,
         )  # fmt: skip
 
     def schedule(self) -> list[tuple[bool, bool]]:
@@ -95,8 +96,9 @@ class Lesson:
             device, targets = self.grid.device, [self.targets[i] for i in members]
             lengths = [t.tokens for t in self.targets]
             tokens = torch.cat([torch.arange(lengths[i]) + sum(lengths[:i]) for i in members])
-            body = pack(self.conditions, targets, prefix=False, device=device)
-            guided = pack(*self.with_twins(targets), prefix=False, device=device) if self.negatives else None
+            some = dict(prefix=False, device=device, pad=self.pad)
+            body = pack(self.conditions, targets, **some)
+            guided = pack(*self.with_twins(targets), **some) if self.negatives else None
             self._parts[key] = Part(send(torch.tensor(key), device), send(tokens, device), body, guided)
         return self._parts[key]
 
@@ -158,10 +160,10 @@ def sweep(
     others do repeats its first one with weight 0. flow.sampler makes the states, as in a rollout.
     """
     device, channels = lesson.grid.device, student.config.latent_channels
-    prefix = Prefix(student, Layout(lesson.conditions, (), [], 0, seam=True), device)
+    prefix = Prefix(student, Layout(lesson.conditions, (), [], 0, seam=True, pad=lesson.pad), device)
     with torch.no_grad():
-        taught = guide.model(pack(lesson.with_twins([])[0], [], device=device))
-        anchored = base(pack(lesson.conditions, [], device=device)) if base else None
+        taught = guide.model(pack(lesson.with_twins([])[0], [], device=device, pad=lesson.pad))
+        anchored = base(pack(lesson.conditions, [], device=device, pad=lesson.pad)) if base else None
     whole = lesson.part(range(len(lesson.targets)))
     row, token = whole.body.target_row, whole.body.token_in_target
     modes = mode_table(lesson.nodes, flow)

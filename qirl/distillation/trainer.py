@@ -115,7 +115,7 @@ def distill_step(distiller: Distiller, step: int) -> dict:
     if step + 1 < config.run.steps:
         distiller.teachers.prefetch(teacher_of(step + 1, shares))
     clock.append(time.monotonic())
-    lesson = lesson_of(config, distiller.family, distiller.prompts, step, engine.ranks)
+    lesson = lesson_of(config, distiller.family, distiller.prompts, step, engine.ranks, engine.runner.pad)
     stats = accumulate(distiller, lesson, name)
     clock.append(time.monotonic())
     loss, match, pull = stats.sum(0).tolist()
@@ -132,9 +132,9 @@ def distill_step(distiller: Distiller, step: int) -> dict:
 
 
 def lesson_of(
-    config: DistillConfig, family: Family, prompts: Mapping[str, PromptSampler], step: int, ranks: Ranks
+    config: DistillConfig, family: Family, prompts: Mapping[str, PromptSampler], step: int, ranks: Ranks, pad: int = 1
 ) -> Lesson:
-    """One rank's samples of a step: its share of the prompts, from noise that never returns."""
+    """One rank's samples of a step: its share of the prompts, from noise that never returns. pad: that of the student."""
     shares, options = shares_of(config), config.distill
     teacher = options.teachers[teacher_of(step, shares)]
     chosen = prompts[teacher.task].step(turn_of(step, shares), options.prompts)
@@ -150,7 +150,7 @@ def lesson_of(
     else:
         nodes = [tuple(range(config.flow.steps))] * len(targets)
     negatives = [family.negative(p) for p in texts] if teacher.guidance != 1 else ()
-    return Lesson([family.condition(p) for p in texts], negatives, targets, draws, grid, nodes)
+    return Lesson([family.condition(p) for p in texts], negatives, targets, draws, grid, nodes, pad)
 
 
 def accumulate(distiller: Distiller, lesson: Lesson, name: str) -> torch.Tensor:
@@ -166,7 +166,7 @@ def accumulate(distiller: Distiller, lesson: Lesson, name: str) -> torch.Tensor:
     total = torch.zeros(config.flow.steps, len(STATS), dtype=torch.float64, device=engine.ranks.device)
     for place, (pack, schedule) in enumerate(zip(packs, schedules, strict=True)):
         weight = 1 / pairs if place < live else 0.0
-        total += sweep(engine.model, guide, pack, config.flow, options, weight, distiller.base, schedule)
+        total += sweep(engine.runner, guide, pack, config.flow, options, weight, distiller.base, schedule)
     if engine.ranks.world > 1:
         torch.distributed.all_reduce(total)
     return total

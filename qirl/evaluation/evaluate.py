@@ -30,7 +30,7 @@ from qirl.families.registry import is_pipeline
 from qirl.flow.rollout import not_finite, rollout
 from qirl.kernels.philox import stream
 from qirl.models.architecture import Transformer
-from qirl.models.execution import compute_as
+from qirl.models.execution import compute_as, runner_of
 from qirl.models.folders import find_model, world_facts
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import load_model
@@ -176,7 +176,7 @@ def open_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]
         torch.set_num_threads(config.run.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, DTYPES[config.model.dtype], device, variant=config.model.variant)
-    return compute_as(model, config.model).eval()
+    return runner_of(compute_as(model, config.model).eval(), config)
 
 
 def balanced(prompts: Sequence[Prompt], count: int, seed: int) -> list[tuple[Prompt, int]]:

@@ -126,7 +126,7 @@ def rollout(
         )
     nodes = nodes if nodes is not None else [()] * len(targets)
     everything, twins = with_negatives(conditions, targets, negatives) if guided else (list(conditions), [])
-    packed = pack(everything, [*targets, *twins], device=device)
+    packed = pack(everything, [*targets, *twins], device=device, pad=model.pad)
     half = packed.target_tokens // (2 if guided else 1)
     row, token = packed.target_row[:half], packed.token_in_target[:half]
     lengths = tuple(t.tokens for t in targets)
@@ -139,7 +139,7 @@ def rollout(
     if model.dtype == torch.float64:
         x = x.double()
 
-    past = model(pack(everything, [], device=device))
+    past = model(pack(everything, [], device=device, pad=model.pad))
     body = packed.without_prefix()
     for node in range(flow.steps):
         t = grid[:, node]

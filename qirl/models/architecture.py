@@ -21,6 +21,7 @@ class Transformer(Protocol):
 
     config: Any  # with in_channels, latent_channels (of the velocity), num_layers and width
     transformer_blocks: nn.ModuleList
+    pad: int  # packs it takes have their text padded to a multiple of this many tokens; 1: not padded
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -44,7 +45,7 @@ class Recomputed(nn.Module):
 
     def forward(self, *inputs):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, *inputs, use_reentrant=False)
+            return checkpoint(self.run, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
         return self.run(*inputs)
 
     def run(self, *inputs):

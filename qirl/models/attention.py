@@ -17,7 +17,7 @@ import torch
 
 from qirl.kernels.merge_attention import merge_attention_
 from qirl.models.attention_backends import Backend, backend_for
-from qirl.packing import Span, send
+from qirl.packing import Pack, Span, send
 
 Rows = slice | torch.Tensor
 
@@ -27,18 +27,27 @@ class Call:
     """Spans of one mask whose queries, and whose keys, are disjoint and in order.
 
     rows, key_rows: the tokens that they cover, in order: a slice where these are neighbours, else int64 indices.
+    varies: the pack is padded, so that packs of one shape differ in the lengths; keys may go on beyond the last span's.
     """
 
     spans: tuple[Span, ...]
     rows: Rows
     key_rows: Rows
+    varies: bool = False
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # what a backend makes of the lengths, once
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device) -> Call:
-        queries = [(s.q, s.count * s.q_len) for s in spans]
-        keys = [(s.k, s.count * s.k_len) for s in spans]
-        return cls(tuple(spans), _rows_of(queries, device), _rows_of(keys, device))
+    def of(cls, spans: Sequence[Span], device, varies: bool, extent: int | None = None) -> Call:
+        queries = _rows_of([(s.q, s.count * s.q_len) for s in spans], device)
+        keys = _rows_of([(s.k, s.count * s.k_len) for s in spans], device)
+        if extent is not None and isinstance(keys, slice):
+            keys = slice(keys.start, extent)
+        return cls(tuple(spans), queries, keys, varies)
+
+    def copy(self) -> Call:
+        """The call with tensors of its own."""
+        rows, keys = (x.clone() if isinstance(x, torch.Tensor) else x for x in (self.rows, self.key_rows))
+        return Call(self.spans, rows, keys, self.varies, {name: value.copy() for name, value in self.memo.items()})
 
     @property
     def causal(self) -> bool:
@@ -59,12 +68,15 @@ class Calls:
     past: tuple[Call, ...]
 
     @classmethod
-    def of(cls, own: Sequence[Span], past: Sequence[Span], device) -> Calls:
-        kinds = [[s for s in own if s.causal == causal] for causal in (True, False)]
-        return cls(
-            tuple(Call.of(spans, device) for spans in kinds if spans),
-            tuple(Call.of(spans, device) for spans in _levels(past)),
-        )
+    def of(cls, pack: Pack, device) -> Calls:
+        """The calls of a pack, made once."""
+        if "attention" not in pack.memo:
+            kinds = [[s for s in pack.own if s.causal == causal] for causal in (True, False)]
+            pack.memo["attention"] = cls(
+                tuple(Call.of(spans, device, pack.lengths_vary) for spans in kinds if spans),
+                tuple(Call.of(own, device, pack.extent is not None, pack.extent) for own in _levels(pack.past)),
+            )
+        return pack.memo["attention"]
 
 
 def _levels(spans: Sequence[Span]) -> list[list[Span]]:
@@ -98,21 +110,16 @@ def packed_attention(
     v: torch.Tensor,
     past_k: torch.Tensor | None,
     past_v: torch.Tensor | None,
-    own: tuple[Span, ...],
-    past: tuple[Span, ...],
+    pack: Pack,
     backend: Backend | None = None,
-    memo: dict | None = None,
 ) -> torch.Tensor:
     """Block-causal attention of one pack.
 
-    q, k, v [N, H, D]: the pack's tokens. own: one span per block, in order, covering all tokens. past_k, past_v
-    [P, H, D]: the prefix tokens that `past` spans index, from an earlier prefill; None where they stand in k and v
-    themselves. memo: of the pack, keeps what all layers share. Returns [N, H, D]. Differentiable once in all five.
+    q, k, v [N, H, D]: the pack's tokens, which its `own` spans cover block by block. past_k, past_v [P, H, D]: the prefix
+    tokens that its `past` spans index, from an earlier prefill; None where they stand in k and v themselves. Returns
+    [N, H, D]. Differentiable once in all five.
     """
-    memo = {} if memo is None else memo
-    if "attention" not in memo:
-        memo["attention"] = Calls.of(own, past, q.device)
-    return _PackedAttention.apply(q, k, v, past_k, past_v, memo["attention"], backend or backend_for(q))
+    return _PackedAttention.apply(q, k, v, past_k, past_v, Calls.of(pack, q.device), backend or backend_for(q))
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -165,7 +172,7 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, rows: Rows, *part: torch.Tensor
 
 def _add(whole: torch.Tensor, rows: Rows, part: torch.Tensor) -> None:
     if isinstance(rows, slice):
-        whole[rows].add_(part)
+        whole[rows.start : rows.start + len(part)].add_(part)  # rows may go on beyond what is covered
     else:
         whole.index_add_(0, rows, part)
 

@@ -11,9 +11,10 @@ gradients are then the call's exact share. lse is float32 (float64 for float64),
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from qirl.packing import send
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
+ROUND = 128  # lengths that kernels are told as the longest
 
 
 class Backend(Protocol):
@@ -34,9 +36,15 @@ class Backend(Protocol):
 
     def backward(self, dout, q, k, v, out, lse, call): ...
 
+    def facts(self, call, device) -> tuple[Any, list[torch.Tensor]]:
+        """What decides which kernels a call runs, hashable, and the tensors that tell them the rest."""
+
 
 class BySpan:
     """A backend of one batched call a span, on [B, H, L, D] views: `run` and `run_backward`, lse [B, H, L]."""
+
+    def facts(self, call, device):
+        return call.spans, []
 
     def forward(self, q, k, v, call):
         parts = [self.run(*self._views(s, q, k, v), s.causal) for s in call.spans]
@@ -142,19 +150,34 @@ class Varlen:
         keys = k[call.key_rows], v[call.key_rows]
         queries = (x[call.rows] for x in (out, lse))
         lengths = _Lengths.of(call, q.device)
-        return self.run_backward(dout[call.rows], q[call.rows], *keys, *queries, lengths, call.causal)
+        dq, dk, dv = self.run_backward(dout[call.rows], q[call.rows], *keys, *queries, lengths, call.causal)
+        if call.varies:  # rows of no sequence, which the kernel leaves unset
+            covered = (torch.arange(len(dk), device=dk.device) < lengths.k[-1])[:, None, None]
+            dk, dv = (torch.where(covered, grad, 0) for grad in (dk, dv))
+        return dq, dk, dv
+
+    def facts(self, call, device):
+        n = _Lengths.of(call, device)
+        return (len(n.q), n.longest, call.causal), [n.q, n.k, *n.places]
 
 
 class _Lengths:
-    """int32 [B + 1] first tokens of a call's sequences, and the longest; `places` for a log-sum-exp padded to [B, H, L]."""
+    """int32 [B + 1] first tokens of a call's sequences, and the longest, rounded up to few values; `places` for a
+    log-sum-exp padded to [B, H, L]."""
 
     def __init__(self, call, device):
         queries, keys = (torch.tensor(each) for each in call.lengths())
-        self.longest = int(queries.max()), int(keys.max())
+        self.longest = tuple(-(-int(n.max()) // ROUND) * ROUND for n in (queries, keys))
         self.q, self.k = (send(torch.cat([n.new_zeros(1), n.cumsum(0)]).int(), device) for n in (queries, keys))
         sequence = torch.arange(len(queries)).repeat_interleave(queries)
         token = torch.arange(len(sequence)) - (queries.cumsum(0) - queries)[sequence]
         self.places = send(sequence, device), send(token, device)
+
+    def copy(self) -> _Lengths:
+        """The same lengths in tensors of their own."""
+        own = copy.copy(self)
+        own.q, own.k, own.places = self.q.clone(), self.k.clone(), tuple(p.clone() for p in self.places)
+        return own
 
     @classmethod
     def of(cls, call, device) -> _Lengths:
@@ -198,7 +221,7 @@ class Efficient(Varlen):
         return out[0], lse[sequence, :, token]
 
     def run_backward(self, dout, q, k, v, out, lse, n, causal):
-        padded = lse.new_zeros(len(n.q) - 1, lse.shape[1], -(-n.longest[0] // 32) * 32)  # as its forward pads
+        padded = lse.new_zeros(len(n.q) - 1, lse.shape[1], n.longest[0])
         sequence, token = n.places
         padded[sequence, :, token] = lse
         seed = torch.empty((), dtype=torch.int64)  # of dropout, which is off
@@ -277,7 +300,12 @@ class Fastest:
         long = all(
             s.q_len >= self.QUERIES and ((s.q, s.q_len) == (s.k, s.k_len) or s.k_len >= self.KEYS) for s in call.spans
         )
-        return self.cudnn if not call.causal and long and len(call.spans) <= self.SHAPES else self.flash
+        dense = long and not call.causal and not call.varies and len(call.spans) <= self.SHAPES
+        return self.cudnn if dense else self.flash
+
+    def facts(self, call, device):
+        backend = self._choice(call)
+        return (type(backend).__name__, *backend.facts(call, device)[:1]), backend.facts(call, device)[1]
 
     def forward(self, q, k, v, call):
         return self._choice(call).forward(q, k, v, call)

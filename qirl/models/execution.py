@@ -6,10 +6,11 @@ import contextlib
 
 import torch
 
-from qirl.config_sections import Model
+from qirl.config_sections import Model, Section
 from qirl.models import fp8, fp8_te
 from qirl.models.architecture import Transformer
 from qirl.models.attention_backends import use_attention
+from qirl.models.graphs import Graphed, check_graphs
 from qirl.parallel.data import gathered
 
 
@@ -23,6 +24,14 @@ def compute_as(model: Transformer, options: Model) -> Transformer:
     if options.fp8 != "off":
         {"torch": fp8.use_fp8, "te": fp8_te.use_te}[options.fp8](model, device, dtype)
     return model
+
+
+def runner_of(model: Transformer, config: Section, sharded: bool = False) -> Transformer | Graphed:
+    """What is called as the model: itself, or with `run.graphs` its graphs. Raises UserError where those cannot be had."""
+    if not config.run.graphs:
+        return model
+    check_graphs(model, sharded)
+    return Graphed(model)
 
 
 @contextlib.contextmanager

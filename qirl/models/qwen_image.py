@@ -105,7 +105,7 @@ class JointAttention(Recomputed):
         q = norm(text_q, self.norm_added_q, of_text), norm(q, self.norm_q, of_image)
         k = norm(text_k, self.norm_added_k, of_text), norm(k, self.norm_k, of_image)
         q, k, v = (torch.cat(streams).index_select(0, pack.order) for streams in (q, k, (text_v, v)))
-        out = packed_attention(q, k, v, None, None, pack.own, (), self.backend, pack.memo)
+        out = packed_attention(q, k, v, None, None, pack, self.backend)
         out = out.flatten(1).index_select(0, pack.back)
         return out[len(text) :], out[: len(text)]
 
@@ -150,6 +150,8 @@ class TimeEmbedding(qwen_image_21.TimeEmbedding):
 
 class QwenImage(nn.Module):
     """See the module's docstring. `make_linear(inputs, outputs)` makes the linears of the blocks, with bias."""
+
+    pad = 1
 
     def __init__(self, config: QwenImageConfig, make_linear: MakeLinear = biased_linear):
         super().__init__()

@@ -97,7 +97,7 @@ class Attention(Recomputed):
     def run(self, x, rope, pack: PackedBatch, past):
         q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in together(x, self.to_q, self.to_k, self.to_v))
         q, k = (qk_norm_rope(y, n.weight, *rope, self.eps) for y, n in ((q, self.norm_q), (k, self.norm_k)))
-        out = packed_attention(q, k, v, *(past or (None, None)), pack.own, pack.past, self.backend, pack.memo)
+        out = packed_attention(q, k, v, *(past or (None, None)), pack, self.backend)
         return self.to_out[0](out.flatten(1)), (k, v)
 
 
@@ -191,6 +191,8 @@ class TimeEmbedding(nn.Module):
 
 class QwenImage21(nn.Module):
     """See the module's docstring. `make_linear(inputs, outputs)` makes the linears of the blocks."""
+
+    pad = 1
 
     def __init__(self, config: QwenImage21Config, make_linear: MakeLinear = plain_linear):
         super().__init__()

@@ -16,16 +16,16 @@ Pack = PackedBatch | JointPack
 
 
 def pack(
-    conditions: Sequence[Condition], targets: Sequence[Target], prefix: bool = True, device="cpu"
+    conditions: Sequence[Condition], targets: Sequence[Target], prefix: bool = True, device="cpu", pad: int = 1
 ) -> PackedBatch | JointPack | None:
-    """The pack of these targets, which must be sorted by prompt; prefix: see `pack_shared`.
+    """The pack of these targets, which must be sorted by prompt; prefix and pad: see `pack_shared`.
 
     None where conditions share no prefix and there are no targets: nothing is to be run. Raises UserError as
     `pack_shared` and `pack_joint` do.
     """
     if all(condition.shared for condition in conditions):
-        return pack_shared(conditions, targets, prefix, device)
-    return pack_joint(conditions, targets, device) if targets else None
+        return pack_shared(conditions, targets, prefix, device, pad)
+    return pack_joint(conditions, targets, device, pad) if targets else None
 
 
 __all__ = [

@@ -99,6 +99,11 @@ class Span:
         )
 
 
+def missing(tokens: int, pad: int) -> int:
+    """Tokens that bring `tokens` to a multiple of `pad`: 1 to `pad` of them, or none for pad 1."""
+    return pad - tokens % pad if pad > 1 else 0
+
+
 def image_positions(place: int, height: int, width: int) -> torch.Tensor:
     """int64 [h*w, 3]: the frame axis frozen at `place`, height and width centred on zero (as in diffusers)."""
     rows = torch.arange(height) - (height - height // 2)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qirl.errors import UserError
-from qirl.packing.blocks import Condition, Span, Target, append_span, image_positions, send
+from qirl.packing.blocks import Condition, Span, Target, append_span, image_positions, missing, send
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class JointPack:
     reference_row: torch.Tensor
     lengths: tuple[int, ...]
     own: tuple[Span, ...]
+    lengths_vary: bool = False  # padded: packs of one shape differ in their spans
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # rotary tables, made by the model once
 
-    prefix_tokens = 0
+    prefix_tokens, past, extent = 0, (), None
 
     @property
     def tokens(self) -> int:
@@ -72,8 +73,10 @@ class JointPack:
         return self
 
 
-def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], device="cpu") -> JointPack:
+def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], device="cpu", pad: int = 1) -> JointPack:
     """Lays out `targets`, each with the text and the references of its condition.
+
+    pad: text of zeros, which sees itself alone, brings all text to a multiple of `pad` tokens.
 
     Positions are those of Qwen-Image 1.x: image i of a target has frame i, height and width centred on zero, and the text
     goes on from half of the longest side. Raises UserError for an empty target or one without a condition.
@@ -86,7 +89,8 @@ def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], devic
     own_of = [conditions[t.prompt] for t in targets]
     sizes = [[(t.height, t.width), *_references(c)] for t, c in zip(targets, own_of, strict=True)]
     texts = [c.text.shape[0] for c in own_of]
-    streams = _Streams(sum(texts), sum(t.tokens for t in targets))
+    more = missing(sum(texts), pad)
+    streams = _Streams(sum(texts) + more, sum(t.tokens for t in targets))
     order, position, own, cursor = [], [], [], 0
     for text, images in zip(texts, sizes, strict=True):
         tokens = [h * w for h, w in images]
@@ -98,17 +102,23 @@ def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], devic
         length = text + sum(tokens)
         append_span(own, Span(cursor, length, cursor, length))
         cursor += length
+    if more:
+        order.append(streams.take("text", more))
+        position.append(torch.zeros(more, 3, dtype=torch.int64))
+        own.append(Span(cursor, more, cursor, more))
     order = torch.cat(order)
     rows = [
         (n, t.tokens, sum(h * w for h, w in images[1:])) for n, t, images in zip(texts, targets, sizes, strict=True)
     ]
+    rows[-1] = rows[-1][0] + more, *rows[-1][1:]  # padding is modulated as the last target, and no one sees it
     number = torch.arange(1, len(targets) + 1)
     text_row, image_row, reference_row = (
         send(number.repeat_interleave(torch.tensor(each)), device) for each in zip(*rows, strict=True)
     )
+    text = [c.text for c in own_of]
     references = [r for c in own_of for r in c.references]
     return JointPack(
-        text=send(torch.cat([c.text for c in own_of]), device),
+        text=send(torch.cat([*text, text[0].new_zeros(more, text[0].shape[1])]), device),
         references=send(torch.cat(references), device) if references else None,
         order=send(order, device),
         back=send(torch.argsort(order), device),
@@ -118,6 +128,7 @@ def pack_joint(conditions: Sequence[Condition], targets: Sequence[Target], devic
         reference_row=reference_row,
         lengths=tuple(t.tokens for t in targets),
         own=tuple(own),
+        lengths_vary=pad > 1,
     )
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qirl.errors import UserError
-from qirl.packing.blocks import Condition, Span, Target, append_span, image_positions, send
+from qirl.packing.blocks import Condition, Span, Target, append_span, image_positions, missing, send
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class PackedBatch:
     t = 0 and j + 1 for target j). N = prefix_tokens + target_tokens. A pack without prefix (`prefix_tokens` 0) is run
     against keys and values that an earlier prefill kept; one without targets is such a prefill.
     """
+
+    lengths_vary = False  # of images
 
     text: torch.Tensor
     references: torch.Tensor | None
@@ -45,6 +47,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     own: tuple[Span, ...]
     past: tuple[Span, ...]
+    extent: int | None = None  # rows of the prefix's keys and values where it is padded
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # rotary tables, made by the model once
 
     @property
@@ -87,12 +90,12 @@ class PackedBatch:
 
 
 def pack_shared(
-    conditions: Sequence[Condition], targets: Sequence[Target], prefix: bool = True, device="cpu"
+    conditions: Sequence[Condition], targets: Sequence[Target], prefix: bool = True, device="cpu", pad: int = 1
 ) -> PackedBatch:
     """Lays out the prefixes of `conditions` and the `targets`, which must be sorted by prompt.
 
     prefix=False leaves the prefix tokens out: the targets then read the keys and values of a prefill of the same
-    conditions. Raises UserError for a target without a condition or targets out of order.
+    conditions. pad: the prefix ends with text of zeros, a prompt without targets, up to a multiple of `pad` tokens. Raises UserError for a target without a condition or targets out of order.
     """
     for t in targets:
         if t.height < 1 or t.width < 1:
@@ -102,6 +105,8 @@ def pack_shared(
         raise UserError(
             f"targets must be sorted by prompt and name one of {len(conditions)} conditions; got {order[:20]}"
         )
+    if more := missing(sum(c.tokens for c in conditions), pad):
+        conditions = [*conditions, Condition(conditions[0].text.new_zeros(more, conditions[0].text.shape[1]))]
     prefixes, images = _Blocks(), _Blocks(sum(c.tokens for c in conditions))
     starts = [prefixes.add_prefix(i, condition) for i, condition in enumerate(conditions)]
     for prompt, group in itertools.groupby(enumerate(targets), key=lambda pair: pair[1].prompt):
@@ -123,6 +128,7 @@ def pack_shared(
         lengths=tuple(t.tokens for t in targets),
         own=tuple(prefixes.own + images.own),
         past=tuple(prefixes.past + images.past),
+        extent=prefixes.cursor if pad > 1 else None,
     )
     return packed if prefix else packed.without_prefix()
 

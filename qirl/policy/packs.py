@@ -40,7 +40,7 @@ class Layout:
     """How pairs are cut: packs of pair indices, and the number that all ranks run.
 
     live: how many of the packs are this rank's own; the others repeat the first one, with weight 0. negatives: the
-    unconditional twin of every condition where the objective is guided, else nothing.
+    unconditional twin of every condition where the objective is guided, else nothing. pad: that of the model.
     """
 
     conditions: Sequence[Condition]
@@ -49,6 +49,7 @@ class Layout:
     live: int
     seam: bool
     negatives: Sequence[Condition] = ()
+    pad: int = 1
 
     def body(self, members: Sequence[int], device) -> Pack:
         """The pack of these pairs (and their twins): with the prefixes of its prompts, or without any under the seam."""
@@ -66,7 +67,7 @@ class Layout:
         conditions, twins = [self.conditions[i] for i in used], []
         if self.negatives:
             conditions, twins = with_negatives(conditions, targets, [self.negatives[i] for i in used])
-        return pack(conditions, [*targets, *twins], prefix=prefix, device=device)
+        return pack(conditions, [*targets, *twins], prefix=prefix, device=device, pad=self.pad)
 
 
 def lay_out(
@@ -75,11 +76,12 @@ def lay_out(
     budget: int,
     agree: Callable[[bool, int], tuple[bool, int]],
     negatives: Sequence[Condition] = (),
+    pad: int = 1,
 ) -> list[Layout]:
     """Cuts one optimizer step's pairs (sorted by prompt) into packs of at most `budget` target tokens under the seam, of
     all tokens without it: one layout without the seam, or one a prompt with it.
 
-    `agree` makes ranks agree on (seam, number of packs); all have the same number of prompts. negatives: see `Layout`.
+    `agree` makes ranks agree on (seam, number of packs); all have the same number of prompts. negatives, pad: see `Layout`.
     Raises UserError if one pair alone exceeds the budget.
     """
     twice = 2 if negatives else 1
@@ -95,7 +97,7 @@ def lay_out(
 
     def layout(conditions, pairs, packs, negatives) -> Layout:
         _, count = agree(seam, len(packs))
-        return Layout(conditions, pairs, packs + packs[:1] * (count - len(packs)), len(packs), seam, negatives)
+        return Layout(conditions, pairs, packs + packs[:1] * (count - len(packs)), len(packs), seam, negatives, pad)
 
     if seam:
         return [

@@ -47,4 +47,4 @@ def _roll(trainer, prompts, targets, draws: Stream, nodes, flow, run: list[int])
     negatives = [trainer.family.negative(prompts[i]) for i in used] if trainer.guided else None
     rows = draws.rows(send(torch.tensor(run), draws.prompt.device))
     own_nodes = [nodes[i] for i in run] if nodes else None
-    return rollout(trainer.engine.model, conditions, own, rows, flow, own_nodes, negatives)
+    return rollout(trainer.engine.runner, conditions, own, rows, flow, own_nodes, negatives)

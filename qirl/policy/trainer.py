@@ -248,7 +248,7 @@ def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -
     pairs = policy.prompts * policy.group * config.flow.steps
     for epoch in range(policy.epochs):
         for part in parts:
-            stats = torch.cat([accumulate(engine.model, layout, batches, config) for layout, batches in part])
+            stats = torch.cat([accumulate(engine.runner, layout, batches, config) for layout, batches in part])
             norm, skipped = engine.update(step)
             norms.append(norm)
             skips += skipped
@@ -272,6 +272,7 @@ def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> Parts:
             policy.micro_tokens,
             lambda s, n: agree(s, n, engine.ranks),
             [exp.negatives[i] for i in prompts] if exp.negatives else (),
+            engine.runner.pad,
         )
         valid_pairs = int(exp.valid_by_slot[number * size : (number + 1) * size].sum()) * policy.timesteps.count
         weight = 1.0 / max(1, valid_pairs)
@@ -279,12 +280,12 @@ def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> Parts:
     recompute = policy.old == "recompute" or trainer.old or (policy.old == "auto" and updates > 1)
     if recompute:
         with engine.weights.using(trainer.old):
-            _fill(engine.model, parts, "v_old", config)
+            _fill(engine.runner, parts, "v_old", config)
     if policy.old == "rollout":
         _check_drift(trainer, parts)
     if policy.kl:
         with engine.weights.reference():
-            _fill(engine.model, parts, "v_ref", config)
+            _fill(engine.runner, parts, "v_ref", config)
     return parts
 
 
@@ -306,7 +307,7 @@ def _check_drift(trainer: Trainer, parts: Parts) -> None:
     values = [
         drift(v, b)
         for layout, batches in itertools.chain(*parts)
-        for v, b in zip(velocities(trainer.engine.model, layout, batches, trainer.config), batches, strict=True)
+        for v, b in zip(velocities(trainer.engine.runner, layout, batches, trainer.config), batches, strict=True)
     ]
     every = torch.cat(values).double()
     total = torch.stack([every.sum(), torch.full_like(every, 1).sum()])
