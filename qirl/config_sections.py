@@ -160,6 +160,10 @@ class Optimizer(Section):
     kind: Literal["adamw", "adamw_8bit"] = option(
         "adamw", "adamw_8bit keeps both moments in 8 bits, by torchao; on one rank"
     )
+    impl: Literal["auto", "torch", "apex"] = option(
+        "auto",
+        "whose adamw, the same numbers: torch's, fused on a GPU, or NVIDIA apex's FusedAdam where it is installed",
+    )
     lr: float = option(2e-4, "AdamW learning rate after warm-up", gt=0)
     warmup: int = option(0, "steps of linear warm-up", ge=0)
     decay: Literal["none", "cosine"] = option(
@@ -180,6 +184,10 @@ class Optimizer(Section):
     def _betas_are_decays(self):
         ok = all(0 <= b < 1 for b in self.betas)
         require(ok, f"optimizer.betas={list(self.betas)} must both be in [0, 1), such as [0.9, 0.999]")
+        require(
+            self.kind == "adamw" or self.impl == "auto",
+            f"optimizer.impl={self.impl} has no moments in 8 bits, kind={self.kind} is torchao's; remove one of the two",
+        )
         return self
 
 

@@ -78,10 +78,10 @@ def train_step(engine: Engine, world: World, step: int) -> dict:
         )
     if ranks.world > 1:
         torch.distributed.all_reduce(total)
-    norm, skipped = engine.update(step)
+    outcome = engine.outcome(step, [engine.update(step)])
     seconds = time.monotonic() - begun
     return {
-        "step": step + 1, "loss": float(total), "grad_norm": norm, "skipped": int(skipped),
+        "step": step + 1, "loss": float(total), **outcome,
         "lr": engine.optimizer.lr(step), "time/step": seconds, "images_per_second": options.batch / seconds,
     }  # fmt: skip
 

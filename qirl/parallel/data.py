@@ -108,6 +108,14 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
+def sharded_as(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """`part`, in the shape of what this rank holds of `parameter`, as a tensor that is sharded like it and shares its memory."""
+    if not isinstance(parameter, DTensor):
+        return part
+    whole = dict(shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, run_check=False, **whole)
+
+
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module):
     """Keeps the weights whole inside the block: a rollout gathers them once instead of at every step."""
