@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from qirl.models.lora import add_lora, merged_state, with_base
 from qirl.models.quantised import LARGEST
 from qirl.models.weights import Config, load_config, load_model, new_model, read_weights, save_model
 from qirl.optim import Optimizer
+from qirl.optim import check as check_optimizer
 from qirl.parallel.data import Ranks, agree, shard, start
 from qirl.policy.weights import Weights
 from qirl.run import checkpoint, lock
@@ -120,14 +123,16 @@ class Engine:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         half = DTYPES[dtype] == torch.bfloat16
-        ranks = start(always_mesh=half and not frozen)
+        ranks = start(always_mesh=half and not frozen, device=config.run.device)
+        check_optimizer(config.optimizer, ranks.device)
         values, out = to_dict(config), config.run.out
         fix = f"cannot write the run folder {out}; choose another out folder"
-        check = partial(RunFolder.check, out, values, FREE_KEYS, rising_keys=RISING_KEYS)
+        rules = dict(free_keys=FREE_KEYS, rising_keys=RISING_KEYS, defaults=to_dict(type(config).model_construct()))
+        check = partial(RunFolder.check, out, values, **rules)
         checkpoint.together(lambda: check() if ranks.first else None, fix)  # a refusal ends every rank
         model = build(ranks.device, torch.float32 if half else DTYPES[dtype])
         folders = []
-        open_folder = partial(RunFolder.open, out, values, free_keys=FREE_KEYS, rising_keys=RISING_KEYS)
+        open_folder = partial(RunFolder.open, out, values, **rules)
         checkpoint.together(lambda: folders.append(open_folder(writer=ranks.first)), fix)
         folder = folders[0]
         shard(model, ranks, DTYPES[dtype], blocks(model) if blocks else None)
@@ -218,17 +223,30 @@ class Engine:
             )
         return f"run.steps was {before} and is {now} now: the run goes on from step {done}, {schedule}"
 
-    def update(self, step: int) -> tuple[float, bool]:
-        """One optimizer step of training step `step` (from 0) and the moving average: (gradient norm, skipped).
+    def update(self, step: int) -> torch.Tensor:
+        """One optimizer step of training step `step` (from 0) and the moving average; returns the gradient's norm.
 
-        Raises UserError after optimizer.max_skipped skipped updates in a row, on all ranks: the norm is that of all.
-        The checkpoint keeps their number, so a run that continues counts on.
+        A norm that is not finite has changed nothing. It is on the device, like all of this on a GPU: `outcome` reads it.
         """
-        norm, skipped = self.optimizer.step(step)
-        self._count_skipped(step, norm, skipped)
-        if self.config.optimizer.ema and not skipped:
-            self.weights.blend("ema", min(self.config.optimizer.ema, (1 + step) / (10 + step)))
-        return norm, skipped
+        norm = self.optimizer.step(step)
+        if self.config.optimizer.ema:
+            decay = min(self.config.optimizer.ema, (1 + step) / (10 + step))
+            self.weights.blend("ema", decay, stay=norm.isfinite().logical_not())
+        return norm
+
+    def outcome(self, step: int, norms: Sequence[torch.Tensor]) -> dict[str, float]:
+        """{"grad_norm": mean, "skipped": number of skipped} of a training step's updates; here the host waits for them.
+
+        Warns of skipped ones. Raises UserError after optimizer.max_skipped of them in a row, on all ranks: a norm is that of
+        all. The checkpoint keeps their number, so a run that continues counts on.
+        """
+        values = torch.stack(list(norms)).tolist()
+        skipped = [not math.isfinite(norm) for norm in values]
+        for norm, out in zip(values, skipped, strict=True):
+            if out:
+                warnings.warn(f"step {step}: the gradient norm is {norm}; this update is skipped", stacklevel=2)
+            self._count_skipped(step, norm, out)
+        return {"grad_norm": sum(values) / len(values), "skipped": sum(skipped)}
 
     def _count_skipped(self, step: int, norm: float, skipped: bool) -> None:
         count = self.notes["skipped_in_row"] = self.notes.get("skipped_in_row", 0) + 1 if skipped else 0
@@ -291,10 +309,10 @@ class Engine:
         return target
 
 
-# what a run that is continued may change: nothing that a step's numbers depend on
+# what a run that is continued may change: nothing that a step's numbers depend on (optimizer.impl: by more than rounding)
 FREE_KEYS = (
     "run.out", "run.keep", "run.tracker", "run.report", "run.checkpoint_every", "run.samples_every", "optimizer.max_skipped",
-    "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in Remote.model_fields),
+    "optimizer.impl", "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in (*Remote.model_fields, "device")),
 )  # fmt: skip
 RISING_KEYS = ("run.steps",)
 

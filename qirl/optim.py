@@ -1,29 +1,52 @@
-"""AdamW with warm-up, clipping, and a guard that skips an update whose gradient is not finite."""
+"""AdamW with warm-up and clipping; an update whose gradient is not finite is left out.
+
+On a GPU no update makes the host wait: the gradient's norm stays there, and torch's fused AdamW reads there by what to
+divide the gradients and whether to leave everything as it is. `Engine.outcome` reads the norms of a whole training step.
+What cannot be told on the device (the CPU's loop, torchao's 8 bits, apex) reads each norm before its update.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from qirl.config_sections import Optimizer as Options
 from qirl.errors import UserError
+from qirl.parallel.data import local, sharded_as
 from qirl.run.checkpoint import adam_tensors
+
+_FUSED = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """Steps the trainable parameters of `model`; `state` holds what a checkpoint needs, by parameter name."""
+    """Steps the trainable parameters of `model`.
 
-    def __init__(self, model: torch.nn.Module, options: Options, total_steps: int):
+    fused: whether torch's fused AdamW decides on the device; None: where all parameters are on one other than the CPU, whose
+    loop sums in another order. Raises UserError as `check` does, and for weights that the implementation does not take.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: Options, total_steps: int, fused: bool | None = None):
         self.options, self.total = options, total_steps
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        kind = _eight_bits(self.named.values()) if options.kind == "adamw_8bit" else torch.optim.AdamW
-        self.adam = kind(
-            self.named.values(), lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-        )
+        # what this rank holds of each: no implementation has to know of sharded tensors
+        self.local = {name: local(p) for name, p in self.named.items()}
+        elsewhere = all(p.device.type != "cpu" for p in self.local.values())
+        torchs = options.kind == "adamw" and options.impl != "apex"
+        self.fused = torchs and (elsewhere if fused is None else fused)
+        self.adam = self._adam(list(self.local.values()))
+
+    def _adam(self, parameters: list[torch.Tensor]):
+        o = self.options
+        given = dict(lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        if o.kind == "adamw_8bit":
+            return _eight_bits(self.named.values())(parameters, **given)
+        if o.impl == "apex":
+            return ApexAdamW(parameters, **given)
+        return torch.optim.AdamW(parameters, **given, fused=self.fused or None)
 
     def lr(self, step: int) -> float:
         """Learning rate of training step `step` (from 0)."""
@@ -32,26 +55,113 @@ class Optimizer:
         done = max(0, step - o.warmup) / max(1, self.total - o.warmup)
         return o.lr * warm * (0.5 * (1 + math.cos(math.pi * done)) if o.decay == "cosine" else 1.0)
 
-    def step(self, step: int) -> tuple[float, bool]:
-        """Clips and applies the gradients, then clears them: (gradient norm, skipped)."""
+    @torch.no_grad()
+    def step(self, step: int) -> torch.Tensor:
+        """Clips and applies the gradients, then clears them.
+
+        Returns their norm before clipping, a number on their device; where that is not finite, weights, moments and step
+        counts are what they were.
+        """
         for group in self.adam.param_groups:
             if isinstance(group["lr"], torch.Tensor):  # what is compiled reads it there
                 group["lr"].fill_(self.lr(step))
             else:
                 group["lr"] = self.lr(step)
+        norm = self._step_on_the_device() if self.fused else self._step_after_reading()
+        for parameter in (*self.named.values(), *self.local.values()):
+            parameter.grad = None
+        return norm
+
+    def _step_on_the_device(self) -> torch.Tensor:
+        norm = total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        self.adam.grad_scale = ((norm + 1e-6) / self.options.clip).clamp(min=1).float()
+        self.adam.found_inf = norm.isfinite().logical_not().float()
+        self._step_local()
+        return norm
+
+    def _step_after_reading(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.options.clip)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        skipped = not math.isfinite(norm)
-        if skipped:
-            warnings.warn(f"step {step}: the gradient norm is {norm}; this update is skipped", stacklevel=2)
-        else:
-            self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        return norm, skipped
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm.isfinite():
+            self._step_local()
+        return norm
+
+    def _step_local(self) -> None:
+        for name, parameter in self.named.items():
+            self.local[name].grad = None if parameter.grad is None else local(parameter.grad)
+        self.adam.step()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The moments and step counts by parameter name, to save or to load into."""
-        return adam_tensors(self.adam, {p: name for name, p in self.named.items()})
+        """The moments, sharded as their parameters, and step counts by parameter name, to save or to load into."""
+        found = adam_tensors(self.adam, {own: name for name, own in self.local.items()})
+        return {
+            name: {part: sharded_as(self.named[name], t) if part in _FUSED else t for part, t in state.items()}
+            for name, state in found.items()
+        }
+
+
+def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all gradients together, float64 [], on their device and the same on every rank; no host waits for it.
+
+    Sharded ones count over every axis of their mesh that shards them, replicated ones once.
+    """
+    alike = defaultdict(list)
+    for gradient in gradients:
+        where = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
+        alike[where].append(local(gradient))
+    squares = []
+    for where, own in alike.items():
+        square = torch.stack(torch._foreach_norm(own)).double().square().sum()
+        if where is not None:
+            mesh, placements = where
+            summed = [Partial() if place.is_shard() else Replicate() for place in placements]
+            square = DTensor.from_local(square, mesh, summed, run_check=False).full_tensor()
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+class ApexAdamW:
+    """NVIDIA apex's FusedAdam with the state of torch's AdamW: "step", "exp_avg" and "exp_avg_sq" of each parameter.
+
+    parameters: float32, on a GPU. apex counts steps once for all parameters, so one that gets its first gradient later than
+    the others has their bias correction. Raises UserError for another dtype.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor], **options):
+        from apex.optimizers import FusedAdam
+
+        if others := {p.dtype for p in parameters} - {torch.float32}:
+            raise UserError(
+                f"optimizer.impl=apex steps float32 weights, not {', '.join(map(str, others))}; use model.dtype=float32 "
+                "or bfloat16, or optimizer.impl=torch"
+            )
+        self.fused = FusedAdam(parameters, bias_correction=True, adam_w_mode=True, set_grad_none=True, **options)
+        self.param_groups, self.state = self.fused.param_groups, self.fused.state
+        adam_tensors(self, {p: i for i, p in enumerate(parameters)})  # apex then makes no state of its own
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            stepping = [self.state[p] for p in group["params"] if p.grad is not None]
+            group["step"] = max((int(state["step"]) for state in stepping), default=0)  # apex counts this one itself
+            for state in stepping:
+                state["step"] += 1
+        self.fused.step()
+
+
+def check(options: Options, device: torch.device) -> None:
+    """Raises UserError where the optimizer's implementation is missing or does not run on `device`."""
+    if options.impl != "apex":
+        return
+    if device.type != "cuda":
+        raise UserError("optimizer.impl=apex runs on a GPU alone; use optimizer.impl=torch, the same numbers")
+    try:
+        import amp_C  # noqa: F401 its CUDA extension, which a build may lack
+        from apex.optimizers import FusedAdam  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"optimizer.impl=apex needs NVIDIA's apex, built from source with its CUDA extensions ({error}); build it, or use "
+            "optimizer.impl=torch, whose fused AdamW gives the same numbers"
+        ) from None
 
 
 def _eight_bits(parameters: Iterable[torch.Tensor]) -> type[torch.optim.Optimizer]:

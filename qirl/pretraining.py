@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
         raise UserError(
             f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
         )
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     prompts = world.data.prompts("train", config.world.prompts)
     model_config(config, world.family)
     world.family.prepare(prompts, config.pretrain.drop_condition > 0)
@@ -78,10 +78,10 @@ def train_step(engine: Engine, world: World, step: int) -> dict:
         )
     if ranks.world > 1:
         torch.distributed.all_reduce(total)
-    norm, skipped = engine.update(step)
+    outcome = engine.outcome(step, [engine.update(step)])
     seconds = time.monotonic() - begun
     return {
-        "step": step + 1, "loss": float(total), "grad_norm": norm, "skipped": int(skipped),
+        "step": step + 1, "loss": float(total), **outcome,
         "lr": engine.optimizer.lr(step), "time/step": seconds, "images_per_second": options.batch / seconds,
     }  # fmt: skip
 

@@ -30,8 +30,9 @@ import throughput_baselines as throughput  # noqa: E402
 from kernel_ops import Model, gradients  # noqa: E402
 
 SHAPES = (Model("2.1", 64, 4), Model("1.x", 48, 3, shifted=True, bounded=False))
-LORA = {"model": {"lora": {"rank": 2}}, "policy": {"kl": 0.1}}
-RUNS = {"nft": (), "nft, guided": (GUIDED,), "grpo": (SDE,), "guard, lora": (GUARD, LORA)}
+LORA = {"model": {"lora": {"rank": 2}}, "policy": {"kl": 0.1}, "optimizer": {"ema": 0.5}}
+OFTEN = {"policy": {"epochs": 2, "minibatches": 2}}  # four updates a step
+RUNS = {"nft": (), "nft, guided": (GUIDED,), "grpo": (SDE, OFTEN), "guard, lora": (GUARD, LORA)}
 LONGER = {"flow": {"steps": 8}}
 SMALL_PACKS = {"micro_tokens": 64}  # one target in each
 
@@ -95,19 +96,27 @@ def against_diffusers(device) -> None:
 
 
 def run(name: str, start, device, out: Path) -> None:
-    """start(folder, *parts) of a run: losses as on the host, and as many waits with twice the steps and many packs."""
+    """start(folder, *parts) of a run: losses as on the host, as many waits with twice the steps and many packs, and one a
+    training step for all its updates."""
     losses, counts = [], []
     longer = LONGER | {"distill" if name == "distill" else "policy": SMALL_PACKS}
     for place, parts in (("cpu", ()), (device, ()), (device, (longer,))):
-        engine.start = lambda always_mesh=False, place=place: Ranks(device=torch.device(place))
+        engine.start = lambda *_, place=place, **__: Ranks(device=torch.device(place))
         waits.clear()
         folder = out / f"{name} {len(counts)}"
         start(folder, *parts)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
         counts.append(sum(waits.values()))
+        assert place == "cpu" or waits_of_updates() == len(losses[-1]), f"an update waits: {dict(waits)}"
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-7)
     assert counts[0] == 0 < counts[1] == counts[2], f"{counts} waits; those of the last run: {dict(waits)}"
+
+
+def waits_of_updates() -> int:
+    """How often the host waited for optimizer, average, or the norms of a training step."""
+    own = ("qirl/optim.py", "qirl/policy/weights.py", "torch.stack(list(norms))")
+    return sum(count for line, count in waits.items() if any(part in line for part in own))
 
 
 def main(out: Path) -> None:

@@ -95,8 +95,9 @@ def _run(op, args, kwargs):
 
 
 def _count(counter: collections.Counter, what) -> None:
-    line = next(f for f in reversed(traceback.extract_stack()) if f.filename != str(HERE) and ROOT in f.filename)
-    counter[f"{what} at {Path(line.filename).name}:{line.lineno}: {line.line}"] += 1
+    stack = [f for f in traceback.extract_stack() if ROOT in f.filename and "site-packages" not in f.filename]
+    line = next(f for f in reversed(stack) if f.filename != str(HERE))
+    counter[f"{what} at {Path(line.filename).relative_to(ROOT)}:{line.lineno}: {line.line}"] += 1
 
 
 class _Stream:

@@ -125,8 +125,8 @@ def test_update_that_is_not_finite_is_skipped_aloud_and_changes_nothing(opened):
             next(iter(engine.weights.current.values())), value
         )
         with pytest.warns(UserWarning, match="step 1: the gradient norm is .* skipped"):
-            norm, skipped = engine.update(1)
-        assert skipped and not math.isfinite(norm)
+            outcome = engine.outcome(1, [engine.update(1)])
+        assert outcome["skipped"] == 1 and not math.isfinite(outcome["grad_norm"])
         assert all(torch.equal(v, state[k]) for k, v in _flat(engine.tensors()).items())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

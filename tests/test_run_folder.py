@@ -65,6 +65,18 @@ def test_another_config_is_refused_with_the_keys_and_both_values(tmp_path):
     assert {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
 
 
+def test_a_run_older_than_an_option_had_its_default(tmp_path):
+    JsonLines(RunFolder.open(tmp_path / "run", CONFIG).metrics).append({"step": 1})
+    newer = changed("run.seed", 3)
+    newer["train"]["new"] = "auto"
+    defaults = {"run": {"seed": 0, "unknown": 1}, "train": {"new": "auto"}}
+    assert newer["run"]["seed"] == CONFIG["run"]["seed"]
+    RunFolder.open(tmp_path / "run", newer, defaults=defaults)
+    newer["train"]["new"] = "other"
+    with pytest.raises(UserError, match=r'config: train.new \("auto" there, "other" now\);'):
+        RunFolder.open(tmp_path / "run", newer, defaults=defaults)
+
+
 def test_free_keys_may_differ_alone_or_as_a_group(tmp_path):
     JsonLines(RunFolder.open(tmp_path / "run", CONFIG).metrics).append({"step": 1})
     RunFolder.open(tmp_path / "run", changed("run.out", "b"), free_keys=("run.out",))

@@ -79,7 +79,7 @@ def prompts_by_task(config: DistillConfig, world: World) -> dict[str, PromptSamp
 def open_distiller(config: DistillConfig) -> Distiller:
     """Everything that can be refused is refused here, before weights are loaded and before the run folder is touched."""
     options, ranks = config.distill, world_size()
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     prompts = prompts_by_task(config, world)
     if options.prompts < ranks:
         raise UserError(f"distill.prompts={options.prompts} is smaller than the {ranks} ranks; use {ranks} or more")
@@ -118,14 +118,15 @@ def distill_step(distiller: Distiller, step: int) -> dict:
     lesson = lesson_of(config, distiller.family, distiller.prompts, step, engine.ranks, engine.runner.pad)
     stats = accumulate(distiller, lesson, name)
     clock.append(time.monotonic())
-    loss, match, pull = stats.sum(0).tolist()
-    norm, skipped = engine.update(step)
+    norm = engine.update(step)
+    loss, match, pull = stats.sum(0).tolist()  # the host waits from here on
+    outcome = engine.outcome(step, [norm])
     clock.append(time.monotonic())
     phases = [b - a for a, b in zip(clock, clock[1:], strict=False)]
     total = clock[-1] - clock[0]
     return {
         "step": step + 1, "loss": loss, f"loss/{name}": loss, "match": match, **({"anchor": pull} if options.anchor else {}),
-        "grad_norm": norm, "skipped": int(skipped), "lr": engine.optimizer.lr(step), "time/teacher": phases[0],
+        **outcome, "lr": engine.optimizer.lr(step), "time/teacher": phases[0],
         "time/sweep": phases[1], "time/update": phases[2], "time/step": total,
         "images_per_second": options.prompts * options.group / total,
     }  # fmt: skip

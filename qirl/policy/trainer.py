@@ -99,7 +99,7 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
 
 def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     """Everything that can be refused is refused here, before the first step and before the run folder is touched."""
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     family, prompts = world.family, world.data.prompts("train", config.world.prompts)
     guided = world_facts(find_model(config.model.path)).get("unconditional", True)
     if config.flow.guidance != 1 and not guided:
@@ -244,19 +244,17 @@ def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -
     """All optimizer steps of one rollout; returns their metrics."""
     config, engine, policy = trainer.config, trainer.engine, trainer.config.policy
     parts = prepare(trainer, exp, slots)
-    rows, norms, skips = [], [], 0
+    rows, norms = [], []
     pairs = policy.prompts * policy.group * config.flow.steps
     for epoch in range(policy.epochs):
         for part in parts:
             stats = torch.cat([accumulate(engine.runner, layout, batches, config) for layout, batches in part])
-            norm, skipped = engine.update(step)
-            norms.append(norm)
-            skips += skipped
+            norms.append(engine.update(step))
             rows.append((torch.cat([b.ids for _, batches in part for b in batches if b.live]) + epoch * pairs, stats))
     if trainer.old:
         engine.weights.blend("old", min(policy.nft.old_decay, policy.nft.old_ramp * step))
     ids, stats = gather_rows(torch.cat([i for i, _ in rows]), torch.cat([s for _, s in rows]).cpu(), engine.ranks)
-    return {**_summary(stats, policy.epochs), "grad_norm": sum(norms) / len(norms), "skipped": skips}
+    return {**_summary(stats, policy.epochs), **engine.outcome(step, norms)}
 
 
 def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> Parts:

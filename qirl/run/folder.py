@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +80,27 @@ class RunFolder:
         free_keys: Iterable[str] = (),
         writer: bool = True,
         rising_keys: Iterable[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Creates the folder with its config.yaml, or re-opens one that was made with the same `config`.
 
         config: the resolved config, nested and JSON-able. resume: "auto" continues a run if there is one,
         "never" refuses an existing run, "always" refuses a new one. free_keys: dotted keys (prefixes such as
         "run", patterns such as "rewards.*.servers") that may differ from config.yaml, which stays as it was. rising_keys: dotted keys whose number may be
-        higher than in config.yaml, which is then written anew with all of `config`. writer: true on rank 0; other ranks
+        higher than in config.yaml, which is then written anew with all of `config`. defaults: what an option was where
+        config.yaml does not name it, being older than that option. writer: true on rank 0; other ranks
         touch and check nothing, so let them pass a barrier before they use the folder. The folder stays locked for
         this process until `lock.release`.
         Raises UserError for a folder in use by another process, of another config, of something else than a run, or not writable.
         """
         folder = cls(path, writer)
         if writer:
-            cls.check(path, config, free_keys, resume, rising_keys)
+            check = partial(cls.check, path, config, free_keys, resume, rising_keys, defaults)
+            check()
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 lock.hold(folder.path)
-                cls.check(path, config, free_keys, resume, rising_keys)  # what another wrote before it let go
+                check()  # what another wrote before it let go
                 folder._prepare(plain(config), tuple(rising_keys))
             except OSError as error:
                 raise UserError(
@@ -112,6 +116,7 @@ class RunFolder:
         free_keys: Iterable[str] = (),
         resume: str = "auto",
         rising_keys: Iterable[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises the UserErrors of `open` and touches nothing, so that what is slow can come between the two."""
         if resume not in _RESUME:
@@ -119,13 +124,15 @@ class RunFolder:
         folder = cls(path)
         check_writable(path)
         lock.check_free(path)
-        folder._refuse(plain(config), resume, tuple(free_keys), tuple(rising_keys))
+        folder._refuse(plain(config), resume, tuple(free_keys), tuple(rising_keys), plain(defaults or {}))
 
-    def _refuse(self, config: dict[str, Any], resume: str, free_keys: tuple[str, ...], rising: tuple[str, ...]) -> None:
+    def _refuse(
+        self, config: dict[str, Any], resume: str, free: tuple[str, ...], rising: tuple[str, ...], defaults: dict
+    ) -> None:
         if self.config.exists():
             if resume == "never":
                 raise UserError(f"{self.path} already holds a run; choose another out folder, or resume it")
-            self._compare(config, (*free_keys, *self._risen(config, rising)))
+            self._compare(config, (*free, *self._risen(config, rising)), defaults)
         elif resume == "always":
             raise UserError(f"{self.path} holds no run to resume (no config.yaml); check the path")
         elif self.path.is_dir() and any(not _ours(name) for name in os.listdir(self.path)):
@@ -152,8 +159,9 @@ class RunFolder:
         logs = [path for path in (self.metrics, self.scores) if path.exists() and path.stat().st_size]
         return bool(logs) or any(self.checkpoints.glob("step_*"))
 
-    def _compare(self, config: dict[str, Any], free_keys: tuple[str, ...]) -> None:
+    def _compare(self, config: dict[str, Any], free_keys: tuple[str, ...], defaults: dict[str, Any]) -> None:
         known, given = flatten(read_config(self.config)), flatten(config)
+        known = {key: value for key, value in flatten(defaults).items() if key in given} | known
         differences = [
             f"{key} ({_show(known, key)} there, {_show(given, key)} now)"
             for key in dict.fromkeys([*known, *given])

@@ -139,11 +139,11 @@ class Judge:
             total += parts.detach().double()
         if ranks.world > 1:
             torch.distributed.all_reduce(total)
-        norm, skipped = self.engine.update(step)
+        outcome = self.engine.outcome(step, [self.engine.update(step)])
         score, language = total.tolist()
         return {
-            "step": step + 1, "loss": score + language, "loss/score": score, "loss/language": language, "grad_norm": norm,
-            "skipped": int(skipped), "lr": self.engine.optimizer.lr(step), "time/step": time.monotonic() - begun,
+            "step": step + 1, "loss": score + language, "loss/score": score, "loss/language": language, **outcome,
+            "lr": self.engine.optimizer.lr(step), "time/step": time.monotonic() - begun,
             "images_per_second": counts[0] / (time.monotonic() - begun),
         }  # fmt: skip
 
