@@ -22,7 +22,7 @@ static int log_lanes(const qirl::TokenCall& call) {
 
 // unit(i, lanes) for every token; threads past the last one repeat it, since a warp sums together.
 template <class Unit>
-__global__ void __launch_bounds__(kTokenThreads) tokens_kernel(Unit unit, int64_t tokens, int log) {
+__global__ void __launch_bounds__(kTokenThreads, 1) tokens_kernel(Unit unit, int64_t tokens, int log) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x, i = thread >> log;
   const Lanes lanes{static_cast<int>(threadIdx.x & ((1u << log) - 1)), 1 << log};
   if (!unit(i < tokens ? i : tokens - 1, lanes)) __trap();
@@ -47,7 +47,7 @@ enum Part { kTokens = 1, kEnds = 2 };  // of a row's work
 // Work on row blockIdx.x / spread: the sums of its tokens, shared out among `spread` blocks, then what one block makes of
 // them. Both parts at once: the blocks are a cluster.
 template <class Row>
-__global__ void __launch_bounds__(kRowThreads) rows_kernel(Row row, int log, int spread, int parts) {
+__global__ void __launch_bounds__(kRowThreads, 1) rows_kernel(Row row, int log, int spread, int parts) {
   const int64_t r = blockIdx.x / spread, begin = row.call.offset[r], end = row.call.offset[r + 1];
   const int rank = static_cast<int>(blockIdx.x % spread);
   if (begin < 0 || end < begin || end > row.call.calls) __trap();
