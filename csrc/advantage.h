@@ -13,6 +13,13 @@ struct Alone {
   QIRL_FN double sum(double x) const { return x; }
 };
 
+// The samples in the order of their groups, those of a group in their own: order [samples], sorted [samples] the groups.
+struct OrderCall {
+  int64_t calls;
+  const int64_t* group;
+  int64_t *order, *sorted;
+};
+
 struct AdvantageCall {
   int64_t calls, components;         // samples
   const double *scores, *weights;    // [samples, components]
@@ -30,7 +37,10 @@ struct AdvantageCall {
   QIRL_FN void run(int64_t begin, Team team) const {
     if (begin > 0 && group[begin] == group[begin - 1]) return;
     int64_t end = begin + 1;
-    while (end < calls && group[end] == group[begin]) ++end;
+    for (double found = team.count; found == team.count; end += static_cast<int64_t>(found)) {
+      const int64_t m = end + team.lane;
+      found = team.sum(m < calls && group[m] == group[begin]);
+    }
 
     bool lost = false;
     for (int64_t k = 0; k < components; ++k) {
@@ -57,14 +67,16 @@ struct AdvantageCall {
         const auto add = [&](int64_t i, double z) { value[i] += share(i, k) * z; };
         normalise(begin, end, team, has, score, floors[k], true, add);
       }
-      return;
+    } else {
+      const auto has = [&](int64_t i) { return valid[i] != 0; };
+      for (int64_t m = begin + team.lane; m < end; m += team.count)
+        for (int64_t k = 0, i = order[m]; k < components; ++k)
+          if (valid[i] && applies[i * components + k]) total[i] += share(i, k) * scores[i * components + k];
+      const auto set = [&](int64_t i, double z) { value[i] = z; };
+      normalise(begin, end, team, has, [&](int64_t i) { return total[i]; }, floor, convention == kSumThenNormalise, set);
     }
-    const auto has = [&](int64_t i) { return valid[i] != 0; };
-    for (int64_t m = begin + team.lane; m < end; m += team.count)
-      for (int64_t k = 0, i = order[m]; k < components; ++k)
-        if (valid[i] && applies[i * components + k]) total[i] += share(i, k) * scores[i * components + k];
-    const auto set = [&](int64_t i, double z) { value[i] = z; };
-    normalise(begin, end, team, has, [&](int64_t i) { return total[i]; }, floor, convention == kSumThenNormalise, set);
+    if (of_batch()) return;
+    for (int64_t m = begin + team.lane; m < end; m += team.count) result(order[m], 0.0, 1.0);
   }
 
   // Calls use(i, (score - mean) / std) for the samples that have one; 0 under the floor; without `divide` (score - mean).
@@ -94,21 +106,23 @@ struct AdvantageCall {
     return {mean, sqrt(team.sum(squares) / divisor)};
   }
 
-  // After all groups: the whole batch's mean and spread where the convention wants them, then scale and clip.
+  // Whether the convention wants the whole batch's mean and spread, after all groups.
+  QIRL_FN bool of_batch() const { return convention == kGdpo || convention == kGlobalStd; }
+
   template <class Team>
   QIRL_FN void finish(Team team) const {
-    double mean = 0, factor = 1;
-    if (convention == kGdpo || convention == kGlobalStd) {
-      const double* values = convention == kGdpo ? value : total;
-      const auto has = [&](int64_t i) { return valid[i] != 0; };
-      const Spread of = spread(0, calls, team, has, [&](int64_t i) { return values[i]; });
-      factor = gain(of.std, convention == kGdpo ? 0.0 : floor);
-      mean = convention == kGdpo ? of.mean : 0;  // global_std has already taken the group's mean
-    }
-    for (int64_t i = team.lane; i < calls; i += team.count) {
-      const double own = scale[i] * ((value[i] - mean) * factor);
-      advantage[i] = !valid[i] ? 0.0f : static_cast<float>(own < -clip ? -clip : own > clip ? clip : own);
-    }
+    const double* values = convention == kGdpo ? value : total;
+    const auto has = [&](int64_t i) { return valid[i] != 0; };
+    const Spread of = spread(0, calls, team, has, [&](int64_t i) { return values[i]; });
+    const double factor = gain(of.std, convention == kGdpo ? 0.0 : floor);
+    const double mean = convention == kGdpo ? of.mean : 0;  // global_std has already taken the group's mean
+    for (int64_t i = team.lane; i < calls; i += team.count) result(i, mean, factor);
+  }
+
+  // Scales and clips.
+  QIRL_FN void result(int64_t i, double mean, double factor) const {
+    const double own = scale[i] * ((value[i] - mean) * factor);
+    advantage[i] = !valid[i] ? 0.0f : static_cast<float>(own < -clip ? -clip : own > clip ? clip : own);
   }
 
   // 1 / std, or 0 where the spread is under the floor or is the rounding of equal scores.

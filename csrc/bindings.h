@@ -103,14 +103,14 @@ struct Beside {
 
 }  // namespace
 
-// The draws of rows; counters are int64 [R], token int64 [N].
+// The draws of rows; counters are int64 [R], token int64 [N]; word: of all rows where there is no step_word.
 inline qirl::Noise noise_of(const Tensor& like, int64_t seed, const Tensor& prompt, const Tensor& sample_word,
-                            const Tensor& step_word, const Tensor& token, int64_t channels) {
+                            const std::optional<Tensor>& step_word, const Tensor& token, int64_t channels, int64_t word) {
   const Beside beside{like};
-  check(prompt.numel() == sample_word.numel() && prompt.numel() == step_word.numel(),
+  check(prompt.numel() == sample_word.numel() && (!step_word || prompt.numel() == step_word->numel()),
         "prompt, sample_word and step_word differ in length: ", prompt.numel(), ", ", sample_word.numel(),
-        " and ", step_word.numel());
+        " and ", step_word ? step_word->numel() : prompt.numel());
   return {static_cast<uint64_t>(seed), prompt.numel(), channels / 4, beside.integers(prompt, "prompt"),
-          beside.integers(sample_word, "sample_word"), beside.integers(step_word, "step_word"),
-          beside.integers(token, "token")};
+          beside.integers(sample_word, "sample_word"), step_word ? beside.integers(*step_word, "step_word") : nullptr,
+          beside.integers(token, "token"), word};
 }

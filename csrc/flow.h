@@ -1,8 +1,9 @@
 // The sampler's step, the policy losses and the distillation loss, token by token (algorithm page, sections 2, 3 and 6).
 // One source for g++ and nvcc. kernels/flow_step.py, policy_loss.py and velocity_match.py hold the references.
 //
-// A call's token<T, V>(i, lanes, ...) does token i, V channels at a time, and writes its sums over the channels; finish(r)
-// makes row r's results out of the sums of its tokens, which are neighbours.
+// A call does token i, each thread T::width neighbouring channels at a time, and writes its sums over the channels;
+// finish(r, total) makes row r's results out of the sums of its tokens, which are neighbours. What a token's row says is read
+// after the thread's first channels, since it has to wait for the row.
 #pragma once
 #include "philox.h"
 
@@ -73,8 +74,26 @@ struct TokenCall {
   int64_t rows;
   const int64_t *row, *offset;  // [tokens]; [rows + 1], the token at which each row begins
 
-  QIRL_FN bool fits(int64_t own) const { return own >= 0 && own < rows; }
-  QIRL_FN double elements(int64_t r) const { return static_cast<double>((offset[r + 1] - offset[r]) * channels); }
+  // The row of token i; where it is out of range, row 0 and `known` false, so that no load waits for a branch.
+  struct Own {
+    int64_t row;
+    bool known;
+  };
+  QIRL_FN Own own(int64_t i) const {
+    const bool known = row[i] >= 0 && row[i] < rows;
+    return {known ? row[i] : 0, known};
+  }
+
+  QIRL_FN int64_t elements(int64_t r) const { return (offset[r + 1] - offset[r]) * channels; }
+
+  // 2 / n: the slope of a mean of squares over row r's elements.
+  QIRL_FN float slope(int64_t r) const { return 2.0f / static_cast<float>(elements(r)); }
+
+  // use(c, first) for the channels c at which a thread's vectors begin; first: it is the thread's first.
+  template <class T, class Use>
+  QIRL_FN void over_channels(Lanes lanes, Use use) const {
+    for (int64_t c = lanes.lane * T::width; c < channels; c += lanes.count * T::width) use(c, c == lanes.lane * T::width);
+  }
 };
 
 // Velocities guided by an unconditional twin: v- + g (v+ - v-), with norm rescale times |v+| / |guided| of the token.
@@ -119,28 +138,33 @@ struct FlowStepCall : TokenCall {
   template <class T>
   QIRL_FN bool token(int64_t i, Lanes lanes) const {
     constexpr int V = T::width;
-    const int64_t own = row[i], begin = i * channels;
-    if (!fits(own) || (noisy && !noise.fits(own, i))) return false;
-    const Transition step = steps.at(own);
+    const int64_t begin = i * channels;
     const float factor = v.template factor<typename T::Velocity, V>(begin, channels, lanes);
+    Own own{0, true};
+    Transition step{};
     float square[V] = {};
-    for (int64_t c = lanes.lane * V; c < channels; c += lanes.count * V) {
+    over_channels<T>(lanes, [&](int64_t c, bool first) {
       float from[V], along[V], z[V] = {}, to[V];
       Vector<typename T::State, V>::load(x, begin + c, from);
       v.template combine<typename T::Velocity>(begin + c, along);
-      if (noisy && step.std > 0) noise.draw(own, i, c, z);
+      if (first) {
+        own = this->own(i);
+        own.known = own.known && (!noisy || noise.fits(own.row, i));
+        step = steps.at(own.row);
+      }
+      if (noisy && step.std > 0) noise.draw(own.row, i, c, z);
       for (int j = 0; j < V; ++j) to[j] = step.on_x * from[j] + step.on_v * (factor * along[j]) + step.std * z[j];
       Vector<float, V>::store(to, x_next, begin + c);
       for (int j = 0; j < V; ++j) {
         const float error = round(to[j]) - (step.on_x * round(from[j]) + step.on_v * (factor * along[j]));
         square[j] += error * error;
       }
-    }
+    });
     if (squares != nullptr) {
       const float total = lanes.sum(sum_of(square));
       if (lanes.lane == 0) squares[i] = total;
     }
-    return true;
+    return own.known;
   }
 
   QIRL_FN float round(float value) const {
@@ -192,8 +216,24 @@ struct PolicyCall : TokenCall {
   float* sums;                                // [tokens, 5]: two terms, two of nft's x0 form, kl
   float *loss, *ratio, *kl, *coefficients;    // [rows], [rows], [rows], [rows, 2]
   uint8_t* clipped;                           // [rows]
-  const float *dloss, *dkl;                   // [rows]
+  const float *dloss, *dkl;                   // [rows], or null for zeros
   void* dv;
+
+  template <class T>
+  struct Loaded {
+    float now[T::width], old[T::width], one[T::width], two[T::width], ref[T::width];
+  };
+
+  template <class T>
+  QIRL_FN void load(int64_t at, Loaded<T>& to) const {
+    using V = Vector<typename T::Velocity, T::width>;
+    using X = Vector<typename T::State, T::width>;
+    V::load(v, at, to.now);
+    V::load(v_old, at, to.old);
+    X::load(first, at, to.one);
+    X::load(second, at, to.two);
+    V::load(v_ref ? v_ref : v, at, to.ref);
+  }
 
   template <Policy kind>
   QIRL_FN Terms<kind> terms(int64_t own) const {
@@ -201,37 +241,35 @@ struct PolicyCall : TokenCall {
     return {beta, steps.t[own], {}};
   }
 
+  // Whether sum k is one of this kind's.
+  static QIRL_FN constexpr bool sums_up(Policy kind, int k) { return kind == kNftX0 || k < 2 || k == 4; }
+
+  // The sums of token i; terms: those of its row.
   template <Policy kind, class T>
-  QIRL_FN bool forward(int64_t i, Lanes lanes) const {
-    constexpr int V = T::width;
-    const int64_t own = row[i], begin = i * channels;
-    if (!fits(own)) return false;
-    const Terms<kind> terms = this->terms<kind>(own);
-    float sum[5][V] = {};
-    for (int64_t c = lanes.lane * V; c < channels; c += lanes.count * V) {
-      float now[V], old[V], one[V], two[V], ref[V];
-      load<T>(begin + c, now, old, one, two);
-      Vector<typename T::Velocity, V>::load(v_ref ? v_ref : v, begin + c, ref);
-      for (int j = 0; j < V; ++j) {
+  QIRL_FN void forward(int64_t i, const Terms<kind>& terms, Lanes lanes) const {
+    float sum[5][T::width] = {};
+    over_channels<T>(lanes, [&](int64_t c, bool) {
+      Loaded<T> own;
+      load(i * channels + c, own);
+      for (int j = 0; j < T::width; ++j) {
         float a, b;
-        terms.at(now[j], old[j], one[j], two[j], a, b);
+        terms.at(own.now[j], own.old[j], own.one[j], own.two[j], a, b);
         sum[0][j] += kind == kRatio ? b * (2.0f * a + b) : a * a;
         sum[1][j] += b * b;
         if (kind == kNftX0) sum[2][j] += fabsf(a), sum[3][j] += fabsf(b);
-        sum[4][j] += (now[j] - ref[j]) * (now[j] - ref[j]);
+        sum[4][j] += (own.now[j] - own.ref[j]) * (own.now[j] - own.ref[j]);
       }
-    }
+    });
     for (int k = 0; k < 5; ++k) {
-      const float total = lanes.sum(sum_of(sum[k]));
+      const float total = sums_up(kind, k) ? lanes.sum(sum_of(sum[k])) : 0.0f;
       if (lanes.lane == 0) sums[5 * i + k] = total;
     }
-    return true;
   }
 
   // total: the sums over the row's tokens.
   template <Policy kind>
   QIRL_FN void finish(int64_t r, const double (&total)[5]) const {
-    const double n = elements(r);
+    const double n = static_cast<double>(elements(r));
     kl[r] = static_cast<float>(total[4] / n);
     if constexpr (kind == kRatio) return finish_ratio(r, n, total[0], total[1]);
     const double up = share[r], down = 1.0 - up;
@@ -270,33 +308,28 @@ struct PolicyCall : TokenCall {
 
   template <Policy kind, class T>
   QIRL_FN bool backward(int64_t i, Lanes lanes) const {
-    constexpr int V = T::width;
-    const int64_t own = row[i], begin = i * channels;
-    if (!fits(own)) return false;
-    const Terms<kind> terms = this->terms<kind>(own);
-    const float on_a = dloss[own] * coefficients[2 * own], on_b = dloss[own] * coefficients[2 * own + 1];
-    const float on_kl = v_ref ? dkl[own] * static_cast<float>(2.0 / elements(own)) : 0.0f;
-    for (int64_t c = lanes.lane * V; c < channels; c += lanes.count * V) {
-      float now[V], old[V], one[V], two[V], ref[V], gradient[V];
-      load<T>(begin + c, now, old, one, two);
-      Vector<typename T::Velocity, V>::load(v_ref ? v_ref : v, begin + c, ref);
-      for (int j = 0; j < V; ++j) {
-        float a, b;
-        terms.at(now[j], old[j], one[j], two[j], a, b);
-        gradient[j] = on_a * a + on_b * b + on_kl * (now[j] - ref[j]);
+    Own row{0, true};
+    Terms<kind> terms{};
+    float on_a = 0, on_b = 0, on_kl = 0;
+    over_channels<T>(lanes, [&](int64_t c, bool first) {
+      Loaded<T> own;
+      load(i * channels + c, own);
+      if (first) {
+        row = this->own(i);
+        terms = this->terms<kind>(row.row);
+        const float outer = dloss ? dloss[row.row] : 0.0f;
+        on_a = outer * coefficients[2 * row.row], on_b = outer * coefficients[2 * row.row + 1];
+        on_kl = v_ref && dkl ? dkl[row.row] * slope(row.row) : 0.0f;
       }
-      Vector<typename T::Velocity, V>::store(gradient, dv, begin + c);
-    }
-    return true;
-  }
-
-  template <class T>
-  QIRL_FN void load(int64_t at, float (&now)[T::width], float (&old)[T::width], float (&one)[T::width],
-                    float (&two)[T::width]) const {
-    Vector<typename T::Velocity, T::width>::load(v, at, now);
-    Vector<typename T::Velocity, T::width>::load(v_old, at, old);
-    Vector<typename T::State, T::width>::load(first, at, one);
-    Vector<typename T::State, T::width>::load(second, at, two);
+      float gradient[T::width];
+      for (int j = 0; j < T::width; ++j) {
+        float a, b;
+        terms.at(own.now[j], own.old[j], own.one[j], own.two[j], a, b);
+        gradient[j] = on_a * a + on_b * b + on_kl * (own.now[j] - own.ref[j]);
+      }
+      Vector<typename T::Velocity, T::width>::store(gradient, dv, i * channels + c);
+    });
+    return row.known;
   }
 };
 
@@ -308,33 +341,48 @@ struct MatchCall : TokenCall {
   const float* dloss;  // [rows]
   void* dv;            // null: forward
 
+  // The sum of token i.
   template <class T>
-  QIRL_FN bool token(int64_t i, Lanes lanes) const {
-    constexpr int V = T::width;
-    const int64_t own = row[i], begin = i * channels;
-    if (!fits(own)) return false;
-    const float factor = teacher.template factor<typename T::State, V>(begin, channels, lanes);
-    const float slope = dv ? dloss[own] * static_cast<float>(2.0 / elements(own)) : 0.0f;
-    float sum[V] = {};
-    for (int64_t c = lanes.lane * V; c < channels; c += lanes.count * V) {
-      float now[V], target[V];
-      Vector<typename T::Velocity, V>::load(v, begin + c, now);
-      teacher.template combine<typename T::State>(begin + c, target);
-      for (int j = 0; j < V; ++j) {
-        now[j] -= factor * target[j];
-        sum[j] += now[j] * now[j];
-        now[j] *= slope;
-      }
-      if (dv) Vector<typename T::Velocity, V>::store(now, dv, begin + c);
-    }
-    if (dv) return true;
+  QIRL_FN void forward(int64_t i, Lanes lanes) const {
+    float sum[T::width] = {};
+    away<T>(i, lanes, [&](int64_t, bool, const float(&error)[T::width]) {
+      for (int j = 0; j < T::width; ++j) sum[j] += error[j] * error[j];
+    });
     const float total = lanes.sum(sum_of(sum));
     if (lanes.lane == 0) sums[i] = total;
-    return true;
+  }
+
+  template <class T>
+  QIRL_FN bool backward(int64_t i, Lanes lanes) const {
+    Own row{0, true};
+    float on = 0;
+    away<T>(i, lanes, [&](int64_t at, bool first, float(&error)[T::width]) {
+      if (first) {
+        row = this->own(i);
+        on = dloss[row.row] * slope(row.row);
+      }
+      for (int j = 0; j < T::width; ++j) error[j] *= on;
+      Vector<typename T::Velocity, T::width>::store(error, dv, at);
+    });
+    return row.known;
+  }
+
+  // use(at, first, v - u) for the vectors of token i that are this thread's; each begins at element `at`.
+  template <class T, class Use>
+  QIRL_FN void away(int64_t i, Lanes lanes, Use use) const {
+    const int64_t begin = i * channels;
+    const float factor = teacher.template factor<typename T::State, T::width>(begin, channels, lanes);
+    over_channels<T>(lanes, [&](int64_t c, bool first) {
+      float error[T::width], target[T::width];
+      Vector<typename T::Velocity, T::width>::load(v, begin + c, error);
+      teacher.template combine<typename T::State>(begin + c, target);
+      for (int j = 0; j < T::width; ++j) error[j] -= factor * target[j];
+      use(begin + c, first, error);
+    });
   }
 
   QIRL_FN void finish(int64_t r, const double (&total)[1]) const {
-    loss[r] = static_cast<float>(total[0] / elements(r));
+    loss[r] = static_cast<float>(total[0] / static_cast<double>(elements(r)));
   }
 };
 

@@ -44,7 +44,12 @@ static void run(const qirl::FlowStepCall& call, const Tensor&) {
 
 static void run(const qirl::MatchCall& call, const Tensor&) {
   with_types(call, [&](auto types) {
-    on_cpu(call.calls, kGrain, kRange, [call](int64_t i) { return call.token<decltype(types)>(i, Lanes{}); });
+    using T = decltype(types);
+    on_cpu(call.calls, kGrain, kRange, [call](int64_t i) {
+      if (call.dv) return call.backward<T>(i, Lanes{});
+      call.forward<T>(i, Lanes{});
+      return call.own(i).known;
+    });
   });
   if (!call.dv) finish_rows<1>(call, [&](int64_t r, const double(&total)[1]) { call.finish(r, total); });
 }
@@ -54,7 +59,10 @@ static void run(const qirl::PolicyCall& call, const Tensor&) {
   with_types(call, [&](auto types) {
     using T = decltype(types);
     on_cpu(call.calls, kGrain, kRange, [call](int64_t i) {
-      return call.dv ? call.backward<kind, T>(i, Lanes{}) : call.forward<kind, T>(i, Lanes{});
+      if (call.dv) return call.backward<kind, T>(i, Lanes{});
+      const auto [own, known] = call.own(i);
+      call.forward<kind, T>(i, call.terms<kind>(own), Lanes{});
+      return known;
     });
   });
   if (!call.dv) finish_rows<5>(call, [&](int64_t r, const double(&total)[5]) { call.finish<kind>(r, total); });
@@ -89,6 +97,7 @@ static qirl::TokenCall tokens_of(const Tensor& state, const Tensor& v, const Ten
                                  const int64_t* offset) {
   check(v.dim() == 2 && row.numel() == size(v, 0), "row must name the sample of each of the ", size(v, 0),
         " tokens, and has ", row.numel());
+  check(rows > 0 || row.numel() == 0, kRange);
   if (refused()) return {};
   return {size(v, 0), size(v, 1), is_bf16(state), is_bf16(v), true, rows, Beside{v}.integers(row, "row"), offset};
 }
@@ -108,10 +117,11 @@ static qirl::Steps steps_of(const Tensor& t, const Tensor& s, const Tensor& cap,
           beside.integers(mode, "mode"), static_cast<float>(level), static_cast<float>(sine)};
 }
 
-// x' [N, C] and, where asked for, the sums of squares [N] of the log-probability; no counters: no noise.
+// x' [N, C] and, where asked for, the sums of squares [N] of the log-probability; no counters: no noise. word: of all rows
+// where there is no step_word.
 static Two flow_step(Tensor x, Tensor v, Maybe uncond, Tensor row, Tensor t, Tensor s, Tensor cap, Tensor mode,
                      Maybe prompt, Maybe sample_word, Maybe step_word, Maybe token, double level, double sine,
-                     double guidance, bool rescale, int64_t seed, bool squares, bool rounds) {
+                     double guidance, bool rescale, int64_t seed, bool squares, bool rounds, int64_t word) {
   qirl::FlowStepCall call{};
   static_cast<qirl::TokenCall&>(call) = tokens_of(x, v, row, t.numel(), nullptr);
   Tokens tokens{v};
@@ -122,7 +132,7 @@ static Two flow_step(Tensor x, Tensor v, Maybe uncond, Tensor row, Tensor t, Ten
   call.noisy = prompt.has_value();
   if (call.noisy) {
     check(call.channels % 4 == 0, "channels=", call.channels, " is not a multiple of 4: noise comes in fours");
-    call.noise = noise_of(v, seed, *prompt, *sample_word, *step_word, *token, call.channels);
+    call.noise = noise_of(v, seed, *prompt, *sample_word, step_word, *token, call.channels, word);
     check(call.noise.rows == call.rows && token->numel() == call.calls,
           "the noise must have a counter for each of the ", call.rows, " rows and ", call.calls, " tokens");
   }
@@ -177,14 +187,18 @@ static Five losses(qirl::PolicyCall call, const Tensor& v) {
 }
 
 template <qirl::Policy kind>
-static Tensor gradient(qirl::PolicyCall call, const Tensor& v, const Tensor& dloss, const Tensor& dkl,
+static Tensor gradient(qirl::PolicyCall call, const Tensor& v, const Maybe& dloss, const Maybe& dkl,
                        const Tensor& coefficients) {
   const Beside beside{v};
-  call.dloss = beside.floats(dloss, "dloss");
-  call.dkl = beside.floats(dkl, "dkl");
+  const auto of_rows = [&](const Maybe& t, const char* name) -> const float* {
+    if (!t) return nullptr;
+    check(t->numel() == call.rows, name, " must have one entry for each of the ", call.rows, " rows");
+    return beside.floats(*t, name);
+  };
+  call.dloss = of_rows(dloss, "dloss");
+  call.dkl = of_rows(dkl, "dkl");
   call.coefficients = beside.floats(coefficients, "coefficients", 2);
-  check(dloss.numel() == call.rows && dkl.numel() == call.rows && coefficients.numel() == 2 * call.rows,
-        "dloss, dkl and coefficients must have one entry for each of the ", call.rows, " rows");
+  check(coefficients.numel() == 2 * call.rows, "coefficients must have two entries for each of the ", call.rows, " rows");
   if (refused()) return Nothing{v};
   Tensor dv = torch::stable::empty_like(v);
   call.dv = dv.data_ptr();
@@ -201,7 +215,7 @@ static std::tuple<Tensor, Tensor, Tensor> policy_nft(Tensor v, Tensor v_old, Ten
   return {loss, kl, coefficients};
 }
 
-static Tensor policy_nft_backward(Tensor dloss, Tensor dkl, Tensor coefficients, Tensor v, Tensor v_old, Tensor x0,
+static Tensor policy_nft_backward(Maybe dloss, Maybe dkl, Tensor coefficients, Tensor v, Tensor v_old, Tensor x0,
                                   Tensor noise, Maybe v_ref, Tensor row, Tensor offset, Tensor t, Tensor r, double beta,
                                   bool x0_weighted, double scale) {
   qirl::PolicyCall call = policy_of(v, v_old, x0, noise, v_ref, row, offset, t.numel());
@@ -223,7 +237,7 @@ static Five policy_ratio(Tensor v, Tensor v_old, Tensor x, Tensor x_next, Maybe 
   return losses<qirl::kRatio>(call, v);
 }
 
-static Tensor policy_ratio_backward(Tensor dloss, Tensor dkl, Tensor coefficients, Tensor v, Tensor v_old, Tensor x,
+static Tensor policy_ratio_backward(Maybe dloss, Maybe dkl, Tensor coefficients, Tensor v, Tensor v_old, Tensor x,
                                     Tensor x_next, Maybe v_ref, Tensor row, Tensor offset, Tensor t, Tensor s, Tensor cap,
                                     Tensor mode, double level, double sine) {
   qirl::PolicyCall call = policy_of(v, v_old, x, x_next, v_ref, row, offset, t.numel());
@@ -272,11 +286,11 @@ STABLE_TORCH_LIBRARY_IMPL(qirl, CUDA, m) {
 #define PAIRS "Tensor v, Tensor v_old, Tensor first, Tensor second, Tensor? v_ref, Tensor row, Tensor offset, "
 #define STEPS "Tensor t, Tensor s, Tensor cap, Tensor mode, "
 #define TEACHER "Tensor v, Tensor teacher_cond, Tensor? teacher_uncond, Tensor row, Tensor offset, float guidance, bool rescale"
-#define GRADIENTS "Tensor dloss, Tensor dkl, Tensor coefficients, "
+#define GRADIENTS "Tensor? dloss, Tensor? dkl, Tensor coefficients, "
 STABLE_TORCH_LIBRARY_FRAGMENT(qirl, m) {
   m.def("flow_step(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor row, " STEPS
         "Tensor? prompt, Tensor? sample_word, Tensor? step_word, Tensor? token, float level, float sine, float guidance, "
-        "bool rescale, int seed, bool squares, bool rounds) -> (Tensor, Tensor)");
+        "bool rescale, int seed, bool squares, bool rounds, int word=0) -> (Tensor, Tensor)");
   m.def("policy_nft(" PAIRS "Tensor t, Tensor r, float beta, bool x0_weighted, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("policy_nft_backward(" GRADIENTS PAIRS "Tensor t, Tensor r, float beta, bool x0_weighted, float scale) -> Tensor");
   m.def("policy_ratio(" PAIRS STEPS "Tensor advantage, float level, float sine, float clip_low, float clip_high, "

@@ -14,21 +14,22 @@ inline const char* launched() {
 
 inline unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
-// The sum over a block of kThreads, the same bits in every thread and on every run.
-struct Block {
-  int lane = threadIdx.x;
-  static constexpr int count = kThreads;
-
-  __device__ __forceinline__ double sum(double x) const {
-    __shared__ double warp[kThreads / 32];
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, distance);
-    if (lane % 32 == 0) warp[lane / 32] = x;
-    __syncthreads();
-    double total = 0;
-    for (int w = 0; w < kThreads / 32; ++w) total += warp[w];
-    __syncthreads();
-    return total;
+// The K sums over a block, in its thread 0; their order is fixed.
+template <int Threads, int K>
+__device__ __forceinline__ void block_sum(double (&x)[K]) {
+  constexpr int warps = Threads / 32;
+  __shared__ double part[K][warps];
+  const int lane = threadIdx.x % 32;
+  for (int k = 0; k < K; ++k) {
+    for (int distance = 16; distance > 0; distance /= 2) x[k] += __shfl_xor_sync(0xFFFFFFFFu, x[k], distance);
+    if (lane == 0) part[k][threadIdx.x / 32] = x[k];
   }
-};
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  for (int k = 0; k < K; ++k) {
+    x[k] = lane < warps ? part[k][lane] : 0.0;
+    for (int distance = 16; distance > 0; distance /= 2) x[k] += __shfl_xor_sync(0xFFFFFFFFu, x[k], distance);
+  }
+}
 
 }  // namespace qirl

@@ -61,17 +61,20 @@ QIRL_FN bool is_word(int64_t value) { return value >= 0 && value <= 0xFFFFFFFFll
 struct Noise {
   uint64_t seed;
   int64_t rows, quads;                          // rows of the next three; Philox calls in one token
-  const int64_t *prompt, *sample_word, *step_word;  // [rows]
+  const int64_t *prompt, *sample_word, *step_word;  // [rows]; without step_word, `word` for all
   const int64_t* token;                         // [tokens]
+  int64_t word;
+
+  QIRL_FN int64_t step(int64_t row) const { return step_word ? step_word[row] : word; }
 
   QIRL_FN bool fits(int64_t row, int64_t i) const {
-    return row >= 0 && row < rows && is_word(prompt[row]) && is_word(sample_word[row]) && is_word(step_word[row]) &&
+    return row >= 0 && row < rows && is_word(prompt[row]) && is_word(sample_word[row]) && is_word(step(row)) &&
            token[i] >= 0 && is_word((token[i] + 1) * quads - 1);
   }
 
   // Four normals: elements 4 quad .. 4 quad + 3 of token i, whose sample is `row`.
   QIRL_FN void quad(int64_t row, int64_t i, int64_t quad, float* z) const {
-    const Words words = philox({{static_cast<uint32_t>(token[i] * quads + quad), static_cast<uint32_t>(step_word[row]),
+    const Words words = philox({{static_cast<uint32_t>(token[i] * quads + quad), static_cast<uint32_t>(step(row)),
                                  static_cast<uint32_t>(sample_word[row]), static_cast<uint32_t>(prompt[row])}},
                                seed);
     normal_pair(words.w[0], words.w[1], z);

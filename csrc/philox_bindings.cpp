@@ -43,7 +43,7 @@ static Tensor philox_normal(int64_t seed, Tensor prompt, Tensor sample_word, Ten
   check(channels > 0 && channels % 4 == 0, "channels=", channels, " is not a positive multiple of 4");
   check(row.numel() == token.numel(), "row and token differ in length: ", row.numel(), " and ",
         token.numel());
-  const qirl::Noise noise = noise_of(row, seed, prompt, sample_word, step_word, token, channels);
+  const qirl::Noise noise = noise_of(row, seed, prompt, sample_word, step_word, token, channels, 0);
   const int64_t* rows = Beside{row}.integers(row, "row");
   if (refused()) return Nothing{row};
   Tensor out = empty(row, {row.numel(), channels});

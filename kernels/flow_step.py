@@ -70,8 +70,11 @@ class Noise:
     node: int | torch.Tensor
 
     @property
-    def words(self) -> torch.Tensor:
-        return philox.step_words(self.stream, self.node, philox.TRANSITION)
+    def word(self) -> tuple[torch.Tensor | None, int]:
+        """The second counter word: of every row, int64 [R], or None and the one of all rows."""
+        if isinstance(self.node, torch.Tensor):
+            return philox.step_words(self.stream, self.node, philox.TRANSITION), 0
+        return None, philox.step_word(self.node, philox.TRANSITION)
 
     def draw(self, row: torch.Tensor, channels: int) -> torch.Tensor:
         """Standard normals float32 [N, channels]."""
@@ -131,12 +134,13 @@ def reference(x, v_cond, v_uncond, row, step, guidance, rescale, noise, lengths,
 
 def _fused(op, x, v_cond, v_uncond, row, step, guidance, rescale, noise, lengths, storage):
     """The same by one of the ops below, which give the sum of squares of every token."""
-    drawn = (None,) * 4 if noise is None else (noise.stream.prompt, noise.stream.sample, noise.words, noise.token)
+    words, word = (None, 0) if noise is None else noise.word
+    drawn = (None,) * 4 if noise is None else (noise.stream.prompt, noise.stream.sample, words, noise.token)
     seed = 0 if noise is None else _native.signed(noise.stream.seed)
     x, v_cond, v_uncond = tritons.contiguous(x, v_cond, v_uncond)
     x_next, squares = op(
         x, v_cond, v_uncond, row, *step.tensors, *drawn, step.level, step.sine, guidance, rescale,
-        seed, lengths is not None, storage == torch.bfloat16,
+        seed, lengths is not None, storage == torch.bfloat16, word,
     )  # fmt: skip
     if lengths is None:
         return x_next, None
@@ -233,32 +237,17 @@ def _kernel(
     mutates_args=(),
     schema="(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor row, Tensor t, Tensor s, Tensor cap, Tensor mode, "
     "Tensor? prompt, Tensor? sample_word, Tensor? step_word, Tensor? token, float level, float sine, float guidance, "
-    "bool rescale, int seed, bool squares, bool rounds) -> (Tensor, Tensor)",
+    "bool rescale, int seed, bool squares, bool rounds, int word=0) -> (Tensor, Tensor)",
 )
 def _triton(
-    x,
-    v,
-    uncond,
-    row,
-    t,
-    s,
-    cap,
-    mode,
-    prompt,
-    sample,
-    word,
-    token,
-    level,
-    sine,
-    guidance,
-    rescale,
-    seed,
-    squares,
-    rounds,
-):
+    x, v, uncond, row, t, s, cap, mode, prompt, sample, words, token, level, sine, guidance, rescale, seed, squares, rounds,
+    word=0,
+):  # fmt: skip
     x_next, sums = _outputs(x, v, squares)
     if x_next.numel():
-        counters = [row if c is None else c for c in (prompt, sample, word, token)]  # unread without noise
+        if prompt is not None and words is None:
+            words = torch.full_like(prompt, word)
+        counters = [row if c is None else c for c in (prompt, sample, words, token)]  # unread without noise
         grid, sizes = tritons.tiles(*x.shape)
         _kernel[grid](
             x, v, v if uncond is None else uncond, row, t, s, cap, mode, *counters, x_next, sums, *x.shape, level, sine,
@@ -272,8 +261,9 @@ def _outputs(x, v, squares):
     return v.new_empty(v.shape, dtype=torch.float32), v.new_empty(len(v) if squares else 0, dtype=torch.float32)
 
 
-def _fake(x, v, *rest):
-    return _outputs(x, v, rest[-2])
+def _fake(x, v, uncond, row, t, s, cap, mode, prompt, sample, words, token, level, sine, guidance, rescale, seed, squares,
+          *rest):  # fmt: skip
+    return _outputs(x, v, squares)
 
 
 _triton.register_fake(_fake)

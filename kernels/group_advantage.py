@@ -22,6 +22,7 @@ from qirl.kernels.tritons import jit, tl, triton
 
 # a spread below this is rounding of equal scores, whatever the floor
 ROUNDING = 1e-12
+SORTED_WITHIN = 16384  # samples: csrc's sort compares all pairs on a GPU, in one launch; beyond, torch's is faster
 CONVENTIONS = ("per_reward", "sum_then_normalise", "gdpo", "global_std", "no_std")
 
 
@@ -79,11 +80,22 @@ def reference(scores, applies, group, weights, floors, floor, clip, convention, 
     return torch.where(valid, (scale * advantage).clamp(-clip, clip), 0).float(), valid
 
 
-def _fused(op, scores, applies, group, weights, floors, floor, clip, convention, scale):
+def _of_sorted(op, scores, applies, group, weights, floors, floor, clip, convention, scale):
     """The same by an op that takes the samples sorted by group."""
     group, order = torch.sort(group, stable=True)
-    tensors = (t.contiguous() for t in (scores, applies, order, group, weights, floors, scale))
-    return op(*tensors, floor, clip, CONVENTIONS.index(convention))
+    return _call(op, scores, applies, order, group, weights, floors, scale, floor, clip, convention)
+
+
+def _of_any_order(op, scores, applies, group, weights, floors, floor, clip, convention, scale):
+    """The same by an op that can sort on its own."""
+    if len(group) > SORTED_WITHIN:
+        return _of_sorted(op, scores, applies, group, weights, floors, floor, clip, convention, scale)
+    return _call(op, scores, applies, None, group, weights, floors, scale, floor, clip, convention)
+
+
+def _call(op, *given):
+    *tensors, floor, clip, convention = given
+    return op(*tritons.contiguous(*tensors), floor, clip, CONVENTIONS.index(convention))
 
 
 @jit
@@ -230,7 +242,8 @@ def group_advantage(
     floors = scores.new_full(scores.shape[1:], floor)
     if noise is not None:
         floors = torch.maximum(floors, noise.to(scores))
-    fused = tritons.on(_triton, group) | _native.on("group_advantage", scores, applies, group, weights)
-    fused = {name: functools.partial(_fused, op) for name, op in fused.items()}
-    run = choose("group_advantage", reference=reference, **fused)
+    own = {name: functools.partial(_of_sorted, op) for name, op in tritons.on(_triton, group).items()}
+    native = _native.on("group_advantage", scores, applies, group, weights)
+    own |= {name: functools.partial(_of_any_order, op) for name, op in native.items()}
+    run = choose("group_advantage", reference=reference, **own)
     return run(scores, applies, group, weights, floors, floor, clip, convention, scale)

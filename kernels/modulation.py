@@ -33,13 +33,19 @@ class Modulation:
 
 
 @jit
+def program_tokens(row, tokens, stride, TOKENS: tl.constexpr):
+    """A program's tokens [TOKENS], which exist, and where their modulation begins."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    there = token < tokens
+    return token, there, tl.load(row + token, there, other=0) * stride
+
+
+@jit
 def places(row, tokens, width, stride, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Of a program's [TOKENS, BLOCK] values: where they and their modulation lie, and which exist."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    token, there, of_row = program_tokens(row, tokens, stride, TOKENS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    own = tl.load(row + token, token < tokens, other=0)
-    inside = (token < tokens)[:, None] & (column < width)
-    return token[:, None] * width + column, own[:, None] * stride + column, inside
+    return token[:, None] * width + column, of_row[:, None] + column, there[:, None] & (column < width)
 
 
 @dataclass(frozen=True)
@@ -49,22 +55,31 @@ class Tile:
     tokens: int
     block: int
     warps: int
+    rest: int = 0  # columns after `block`, where a program needs a whole row (`norm_rows`)
 
     @classmethod
     def of(cls, width: int, widest: int | None = None, threads: int = 1) -> Tile:
         """widest: the most columns, all where a program needs a whole row; threads: how many times the usual number."""
-        block = triton.next_power_of_2(width)
-        block = min(block, widest or block)
+        whole = triton.next_power_of_2(width)
+        block = min(whole, widest or whole)
         tokens = max(1, 1024 // block)
-        return cls(tokens, block, min(16, threads * tritons.warps(tokens * block)))
+        warps = min(16, threads * tritons.warps(tokens * block))
+        parted = widest is None and width <= block // 4 * 3 and block // 2 >= 256 * warps  # 8 values a thread: 16 bytes
+        return cls(tokens, block // 2, warps, block // 4) if parted else cls(tokens, block, warps)
 
     def grid(self, tokens: int, width: int) -> tuple[int, int]:
-        return triton.cdiv(tokens, self.tokens), triton.cdiv(width, self.block)
+        return triton.cdiv(tokens, self.tokens), triton.cdiv(width, self.block + self.rest)
 
     @property
     def sizes(self) -> dict[str, int]:
         """What a launch is given."""
         return {"TOKENS": self.tokens, "BLOCK": self.block, "num_warps": self.warps}
+
+    @property
+    def row_sizes(self) -> dict[str, int]:
+        """What a launch of a kernel on whole rows is given."""
+        lanes = min(self.rest or self.block, max(1, 32 * self.warps // self.tokens))
+        return self.sizes | {"REST": self.rest, "LANES": lanes}
 
 
 class Chunks:
@@ -77,7 +92,7 @@ class Chunks:
     """
 
     WARPS = 2048  # where tokens suffice: 16 a multiprocessor of a Hopper; not asked of the device, for equal bits
-    LARGEST = 32  # tokens
+    LARGEST = 64  # tokens
 
     def __init__(self, row: torch.Tensor, rows: int, tile: Tile, width: int):
         """row int64 [N] in [0, rows); the tile of the kernel that sums."""
@@ -91,7 +106,7 @@ class Chunks:
         self.first = torch.empty(rows + 1, dtype=torch.int32, device=row.device)  # each row's first chunk, and the end
         if rows:
             block = min(4096, triton.next_power_of_2(max(tokens, 16)))
-            _table_kernel[(rows,)](
+            _table_kernel[(rows, triton.cdiv(max(tokens, 1), block))](
                 row.contiguous(), self.order, self.spans, self.first, tokens, self.size,
                 BLOCK=block, num_warps=max(1, block // 256),
             )  # fmt: skip
@@ -111,29 +126,30 @@ class Chunks:
 
 @jit
 def _table_kernel(row, order, spans, first, tokens, size, BLOCK: tl.constexpr):
-    """A stable counting sort: each program finds the tokens of one row, and writes the spans of its chunks."""
-    own = tl.program_id(0)
+    """A stable counting sort: each program finds one row's tokens among BLOCK tokens, the row's first program also writes
+    the spans of its chunks."""
+    own, block = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
-    below, upto = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, tokens, BLOCK):
+    below, upto, earlier = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, tokens, BLOCK, loop_unroll_factor=2):
         value = tl.load(row + start + at, start + at < tokens, other=own + 1)
         below += (value < own).to(tl.int32)
         upto += (value <= own).to(tl.int32)
+        earlier += ((value == own) & (start < block * BLOCK)).to(tl.int32)
     before, until = tl.sum(below), tl.sum(upto)
-    place = before
-    for start in range(0, tokens, BLOCK):
-        mine = (tl.load(row + start + at, start + at < tokens, other=own + 1) == own).to(tl.int32)
-        tl.store(order + place + tl.cumsum(mine) - 1, start + at, mine > 0)
-        place += tl.sum(mine)
-    chunk, after = before // size + own, until // size + own + 1
-    for start in range(chunk, after, BLOCK):
-        number = start + at
-        begin = tl.minimum(before + (number - chunk) * size, until)
-        tl.store(spans + 3 * number, own, number < after)
-        tl.store(spans + 3 * number + 1, begin, number < after)
-        tl.store(spans + 3 * number + 2, tl.minimum(begin + size, until), number < after)
-    tl.store(first + own, chunk)
-    tl.store(first + own + 1, after)  # as the next row's program writes it
+    token = block * BLOCK + at
+    mine = (tl.load(row + token, token < tokens, other=own + 1) == own).to(tl.int32)
+    tl.store(order + before + tl.sum(earlier) + tl.cumsum(mine) - 1, token, mine > 0)
+    if block == 0:
+        chunk, after = before // size + own, until // size + own + 1
+        for start in range(chunk, after, BLOCK):
+            number = start + at
+            begin = tl.minimum(before + (number - chunk) * size, until)
+            tl.store(spans + 3 * number, own, number < after)
+            tl.store(spans + 3 * number + 1, begin, number < after)
+            tl.store(spans + 3 * number + 2, tl.minimum(begin + size, until), number < after)
+        tl.store(first + own, chunk)
+        tl.store(first + own + 1, after)  # as the next row's program writes it
 
 
 @jit
@@ -144,12 +160,18 @@ def span(order, spans):
 
 
 @jit
+def tokens_in_order(order, start, end, TOKENS: tl.constexpr):
+    """TOKENS tokens of a span from `start` on, and which exist."""
+    place = start + tl.arange(0, TOKENS)
+    return tl.load(order + place, place < end, other=0).to(tl.int64), place < end
+
+
+@jit
 def places_in_order(order, start, end, width, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """As `places`, for TOKENS tokens of a span from `start` on."""
-    place = start + tl.arange(0, TOKENS)
+    token, there = tokens_in_order(order, start, end, TOKENS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(order + place, place < end, other=0).to(tl.int64)
-    return token[:, None] * width + column, (place < end)[:, None] & (column < width)
+    return token[:, None] * width + column, there[:, None] & (column < width)
 
 
 @jit

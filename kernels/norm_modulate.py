@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from qirl.kernels import tritons
+from qirl.kernels import norm_rows, tritons
 from qirl.kernels.dispatch import choose, compute_dtype
-from qirl.kernels.modulation import Chunks, Modulation, Tile, places, places_in_order, span
+from qirl.kernels.modulation import Chunks, Modulation, Tile, program_tokens, span, tokens_in_order
 from qirl.kernels.tritons import jit, tl
 
 
@@ -25,55 +25,50 @@ def reference(x, scale, row, eps, shift=None) -> torch.Tensor:
 
 
 @jit
-def normed(value, inside, width, eps):
-    """(n, 1 / std) of tokens' values [TOKENS, BLOCK]; n is 0 outside."""
-    centred = tl.where(inside, value - tl.sum(value, 1, keep_dims=True) / width, 0)
-    inverse = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1, keep_dims=True) / width + eps)
-    return centred * inverse, inverse
-
-
-@jit
-def before_norm(dn, n, inverse, width):
-    """The gradient of a norm's input from that of n."""
-    return inverse * (dn - tl.sum(dn, 1, keep_dims=True) / width - n * (tl.sum(dn * n, 1, keep_dims=True) / width))
-
-
-@jit
 def _forward_kernel(
-    x, scale, shift, row, out, tokens, width, stride, eps, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+    x, scale, shift, row, out, tokens, stride, eps,
+    width: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    at, of_row, inside = places(row, tokens, width, stride, TOKENS, BLOCK)
-    value = tl.load(x + at, inside, other=0).to(tl.float32)
-    gain = 1 + tl.load(scale + of_row, inside, other=0).to(tl.float32)
-    offset = 0.0
+    token, there, of_row = program_tokens(row, tokens, stride, TOKENS)
+    a, b = norm_rows.load(x, token * width, there, width, TOKENS, BLOCK, REST)
+    gain_a, gain_b = norm_rows.load(scale, of_row, there, width, TOKENS, BLOCK, REST)
+    a, b = norm_rows.normed(a, b, eps, width, BLOCK, REST, LANES)
+    a, b = a * (1 + gain_a), b * (1 + gain_b)
     if shift is not None:
-        offset = tl.load(shift + of_row, inside, other=0).to(tl.float32)
-    n, _ = normed(value, inside, width, eps)
-    tl.store(out + at, (n * gain + offset).to(out.dtype.element_ty), inside)
+        shift_a, shift_b = norm_rows.load(shift, of_row, there, width, TOKENS, BLOCK, REST)
+        a, b = a + shift_a, b + shift_b
+    norm_rows.store(out, token * width, there, a, b, width, TOKENS, BLOCK, REST)
 
 
 @jit
 def _backward_kernel(
-    dout, x, scale, dx, partial, order, spans, width, stride, eps,
-    SHIFTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    dout, x, scale, dx, partial, order, spans, stride, eps,
+    SHIFTED: tl.constexpr,
+    width: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     own, begin, end = span(order, spans)
-    column = tl.arange(0, BLOCK)
-    gain = 1 + tl.load(scale + own * stride + column, column < width, other=0).to(tl.float32)
-    of_scale, of_shift = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
+    gain_a, gain_b = norm_rows.load_one(scale, own * stride, width, BLOCK, REST)
+    scale_a, scale_b = norm_rows.zeros(TOKENS, BLOCK, REST)
+    shift_a, shift_b = norm_rows.zeros(TOKENS, BLOCK, REST)
     for start in tl.range(begin, end, TOKENS, num_stages=3):
-        at, inside = places_in_order(order, start, end, width, TOKENS, BLOCK)
-        value = tl.load(x + at, inside, other=0).to(tl.float32)
-        d = tl.load(dout + at, inside, other=0).to(tl.float32)
-        n, inverse = normed(value, inside, width, eps)
-        of_scale += d * n
+        token, there = tokens_in_order(order, start, end, TOKENS)
+        a, b = norm_rows.load(x, token * width, there, width, TOKENS, BLOCK, REST)
+        d_a, d_b = norm_rows.load(dout, token * width, there, width, TOKENS, BLOCK, REST)
+        a, b, dx_a, dx_b = norm_rows.norm_and_gradient(
+            a, b, d_a * (1 + gain_a), d_b * (1 + gain_b), eps, width, BLOCK, REST, LANES
+        )
+        norm_rows.store(dx, token * width, there, dx_a, dx_b, width, TOKENS, BLOCK, REST)
+        scale_a += d_a * a
+        if REST:
+            scale_b += d_b * b
         if SHIFTED:
-            of_shift += d
-        tl.store(dx + at, before_norm(d * gain, n, inverse, width).to(dx.dtype.element_ty), inside)
+            shift_a += d_a
+            if REST:
+                shift_b += d_b
     chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    tl.store(partial + chunk * width + column, tl.sum(of_scale, 0), column < width)
+    norm_rows.store_sum(partial, chunk * width, scale_a, scale_b, width, BLOCK, REST)
     if SHIFTED:
-        tl.store(partial + (chunks + chunk) * width + column, tl.sum(of_shift, 0), column < width)
+        norm_rows.store_sum(partial, (chunks + chunk) * width, shift_a, shift_b, width, BLOCK, REST)
 
 
 @torch.library.custom_op(
@@ -87,7 +82,7 @@ def _forward(x, scale, row, eps, shift=None):
     if out.numel():
         tile = Tile.of(width)
         grid = tile.grid(tokens, width)
-        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, width, rows.stride, eps, **tile.sizes)
+        _forward_kernel[grid](x, *rows.tensors, row, out, tokens, rows.stride, eps, width=width, **tile.row_sizes)
     return out
 
 
@@ -109,8 +104,8 @@ def _backward(dout, x, scale, row, eps, shifted):
     partial = chunks.partial(1 + shifted)
     if partial.numel():
         _backward_kernel[chunks.grid](
-            dout, x, *rows.tensors, dx, partial, chunks.order, chunks.spans, width, rows.stride, eps,
-            SHIFTED=shifted, **tile.sizes,
+            dout, x, *rows.tensors, dx, partial, chunks.order, chunks.spans, rows.stride, eps,
+            SHIFTED=shifted, width=width, **tile.row_sizes,
         )  # fmt: skip
     return dx, chunks.reduce(partial, scale.dtype)
 

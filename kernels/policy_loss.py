@@ -156,25 +156,33 @@ def _fake_ratio(*given):
 
 def _keep_nft(ctx, inputs, output):
     *tensors, ctx.beta, ctx.x0_weighted, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
 
 
 def _keep_ratio(ctx, inputs, output):
     *tensors, _, ctx.level, ctx.sine, _, _, _ = inputs  # the advantage is in the coefficients
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[3], output[4])
 
 
-def _nft_gradients(op, ctx, dloss, dkl, _):
+def _nft_gradients(op, ctx, *gradients):
     *tensors, kept = ctx.saved_tensors
-    dv = op(dloss.contiguous(), dkl.contiguous(), kept, *tensors, ctx.beta, ctx.x0_weighted, ctx.scale)
+    dv = _gradient(op, gradients, kept, *tensors, ctx.beta, ctx.x0_weighted, ctx.scale)
     return (dv, *(None,) * 11)
 
 
-def _ratio_gradients(op, ctx, dloss, dkl, *_):
+def _ratio_gradients(op, ctx, *gradients):
     *tensors, kept = ctx.saved_tensors
-    dv = op(dloss.contiguous(), dkl.contiguous(), kept, *tensors, ctx.level, ctx.sine)
+    dv = _gradient(op, gradients, kept, *tensors, ctx.level, ctx.sine)
     return (dv, *(None,) * 16)
+
+
+def _gradient(op, gradients, *given):
+    """dv of the gradients of loss and kl, which come first; None stands for zeros that need not be filled and read."""
+    dloss, dkl = tritons.contiguous(*gradients[:2])
+    return None if dloss is None and dkl is None else op(dloss, dkl, *given)
 
 
 def _fake_backward(dloss, dkl, kept, v, *rest):

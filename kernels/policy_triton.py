@@ -120,18 +120,21 @@ def _backward_kernel(
     old = tl.load(v_old + at, inside, other=0).to(tl.float32)
     one, two = tl.load(first + at, inside, other=0).to(tl.float32), tl.load(second + at, inside, other=0).to(tl.float32)
     a, b = terms(now, old, one, two, own, t, s, cap, mode, level, sine, beta, KIND)
-    outer = tl.load(dloss + own)
-    gradient = (outer * tl.load(kept + 2 * own))[:, None] * a + (outer * tl.load(kept + 2 * own + 1))[:, None] * b
+    gradient = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    if dloss is not None:
+        outer = tl.load(dloss + own)
+        gradient += (outer * tl.load(kept + 2 * own))[:, None] * a + (outer * tl.load(kept + 2 * own + 1))[:, None] * b
     if REFERENCE:
-        n = ((tl.load(offset + own + 1) - tl.load(offset + own)) * channels).to(tl.float32)
-        away = now - tl.load(v_ref + at, inside, other=0).to(tl.float32)
-        gradient += (tl.load(dkl + own) * 2 / n)[:, None] * away
+        if dkl is not None:
+            n = ((tl.load(offset + own + 1) - tl.load(offset + own)) * channels).to(tl.float32)
+            away = now - tl.load(v_ref + at, inside, other=0).to(tl.float32)
+            gradient += (tl.load(dkl + own) * 2 / n)[:, None] * away
     tl.store(dv + at, gradient.to(dv.dtype.element_ty), inside)
 
 
 PAIRS = "Tensor v, Tensor v_old, Tensor first, Tensor second, Tensor? v_ref, Tensor row, Tensor offset, "
 STEPS = "Tensor t, Tensor s, Tensor cap, Tensor mode, "
-GRADIENTS = "Tensor dloss, Tensor dkl, Tensor coefficients, "
+GRADIENTS = "Tensor? dloss, Tensor? dkl, Tensor coefficients, "
 NFT_OPTIONS = "Tensor t, Tensor r, float beta, bool x0_weighted, float scale"
 
 

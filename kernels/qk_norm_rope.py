@@ -14,7 +14,7 @@ from qirl.kernels import tritons
 from qirl.kernels.dispatch import choose, compute_dtype
 from qirl.kernels.tritons import jit, tl, triton
 
-PROGRAMS = 512  # of the Triton backward at most: each sums the weight gradients of its tiles
+PROGRAMS = 512  # of the Triton backward at most (a power of two): each sums the weight gradients of its tiles
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
@@ -60,7 +60,7 @@ class _NormRope(torch.autograd.Function):
 
 
 @jit
-def _places(first, rows, heads, half, ROWS: tl.constexpr, HALF: tl.constexpr):
+def _places(first, rows, heads: tl.constexpr, half: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
     """Of the heads [ROWS] from `first` on: where their channels and their tokens' angles lie, and which exist."""
     row = first + tl.arange(0, ROWS)
     channel, pair = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
@@ -82,13 +82,16 @@ def _joined(even, odd, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
-def _inverse(even, odd, half, eps):
+def _inverse(even, odd, half: tl.constexpr, eps):
     """1 / sqrt(mean(x^2) + eps) of each head, [ROWS, 1]."""
-    return 1 / tl.sqrt_rn(tl.sum(even * even + odd * odd, 1, keep_dims=True) / (2 * half) + eps)
+    return tl.rsqrt(tl.sum(even * even + odd * odd, 1, keep_dims=True) * (0.5 / half) + eps)
 
 
 @jit
-def _forward_kernel(x, weight, cos, sin, out, rows, heads, half, eps, ROWS: tl.constexpr, HALF: tl.constexpr):
+def _forward_kernel(
+    x, weight, cos, sin, out, rows, eps,
+    heads: tl.constexpr, half: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     at, inside, angle, known = _places(tl.program_id(0) * ROWS, rows, heads, half, ROWS, HALF)
     even, odd = _pairs_of(tl.load(x + at, inside, other=0), ROWS, HALF)
     c, s = tl.load(cos + angle, known, other=0), tl.load(sin + angle, known, other=0)
@@ -102,14 +105,14 @@ def _forward_kernel(x, weight, cos, sin, out, rows, heads, half, eps, ROWS: tl.c
 
 @jit
 def _backward_kernel(
-    dout, x, weight, cos, sin, dx, partial, rows, heads, half, eps, tiles,
-    ROWS: tl.constexpr, HALF: tl.constexpr,
+    dout, x, weight, cos, sin, dx, partial, rows, eps, tiles,
+    heads: tl.constexpr, half: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     channel = tl.arange(0, 2 * HALF)
     w_even, w_odd = _pairs_of(tl.load(weight + channel[None], channel[None] < 2 * half, other=0), 1, HALF)
     sum_even, sum_odd = tl.zeros([ROWS, HALF], tl.float32), tl.zeros([ROWS, HALF], tl.float32)
-    for tile in range(tiles):
+    for tile in tl.range(0, tiles, num_stages=3):
         at, inside, angle, known = _places((program * tiles + tile) * ROWS, rows, heads, half, ROWS, HALF)
         even, odd = _pairs_of(tl.load(x + at, inside, other=0), ROWS, HALF)
         d_even, d_odd = _pairs_of(tl.load(dout + at, inside, other=0), ROWS, HALF)
@@ -120,17 +123,26 @@ def _backward_kernel(
         sum_even += back_even * even
         sum_odd += back_odd * odd
         back_even, back_odd = back_even * w_even, back_odd * w_odd
-        along = tl.sum(back_even * even + back_odd * odd, 1, keep_dims=True) / (2 * half)
+        along = tl.sum(back_even * even + back_odd * odd, 1, keep_dims=True) * (0.5 / half)
         value = _joined((back_even - even * along) * inverse, (back_odd - odd * along) * inverse, ROWS, HALF)
         tl.store(dx + at, value.to(dx.dtype.element_ty), inside)
     of_weight = tl.reshape(tl.join(tl.sum(sum_even, 0), tl.sum(sum_odd, 0)), [2 * HALF])
     tl.store(partial + program * 2 * half + channel, of_weight, channel < 2 * half)
 
 
-def _sizes(dim: int) -> dict[str, int]:
+@jit
+def _weight_kernel(partial, out, programs, dim, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of the programs, in their order."""
+    column, program = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PROGRAMS)
+    inside = (program < programs)[:, None] & (column < dim)[None, :]
+    values = tl.load(partial + program[:, None] * dim + column[None, :], inside, other=0)
+    tl.store(out + column, tl.sum(values, 0).to(out.dtype.element_ty), column < dim)
+
+
+def _sizes(heads: int, dim: int) -> dict[str, int]:
     """A program's tile: about 2048 channels in whole heads, 8 a thread."""
     half = triton.next_power_of_2(dim // 2)
-    return {"ROWS": max(1, 1024 // half), "HALF": half, "num_warps": 8}
+    return {"heads": heads, "half": dim // 2, "ROWS": max(1, 1024 // half), "HALF": half, "num_warps": 8}
 
 
 @torch.library.custom_op(
@@ -142,9 +154,9 @@ def _forward(x, weight, cos, sin, eps):
     x, weight, cos, sin = _checked(x, weight, cos, sin)
     out, (tokens, heads, dim) = torch.empty_like(x), x.shape
     if out.numel():
-        sizes, rows = _sizes(dim), tokens * heads
+        sizes, rows = _sizes(heads, dim), tokens * heads
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _forward_kernel[grid](x, weight, cos, sin, out, rows, heads, dim // 2, eps, **sizes)
+        _forward_kernel[grid](x, weight, cos, sin, out, rows, eps, **sizes)
     return out
 
 
@@ -168,16 +180,17 @@ def _(x, weight, cos, sin, eps):
 )
 def _backward(dout, x, weight, cos, sin, eps):
     dout, (x, weight, cos, sin) = dout.contiguous(), _checked(x, weight, cos, sin)
-    dx, (tokens, heads, dim), sizes = torch.empty_like(x), x.shape, _sizes(x.shape[2])
+    dx, (tokens, heads, dim), sizes = torch.empty_like(x), x.shape, _sizes(*x.shape[1:])
     rows = tokens * heads
     tiles = triton.cdiv(triton.cdiv(rows, sizes["ROWS"]), PROGRAMS)
     programs = triton.cdiv(rows, max(1, tiles) * sizes["ROWS"])
     partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
-    if dx.numel():
-        _backward_kernel[(programs,)](
-            dout, x, weight, cos, sin, dx, partial, rows, heads, dim // 2, eps, tiles, **sizes
-        )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype)
+    if not dx.numel():
+        return dx, torch.zeros_like(weight)
+    _backward_kernel[(programs,)](dout, x, weight, cos, sin, dx, partial, rows, eps, tiles, **sizes)
+    dweight = torch.empty_like(weight)
+    _weight_kernel[(triton.cdiv(dim, 16),)](partial, dweight, programs, dim, PROGRAMS=PROGRAMS, BLOCK=16, num_warps=8)
+    return dx, dweight
 
 
 @_backward.register_fake

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from qirl.kernels import gated_residual, norm_modulate, tritons
+from qirl.kernels import gated_residual, norm_modulate, norm_rows, tritons
 from qirl.kernels.dispatch import choose
 from qirl.kernels.gated_residual import before_gate, gated
-from qirl.kernels.modulation import Chunks, Modulation, Tile, places, places_in_order, span
-from qirl.kernels.norm_modulate import before_norm, normed
+from qirl.kernels.modulation import Chunks, Modulation, Tile, program_tokens, span, tokens_in_order
 from qirl.kernels.tritons import jit, tl
 
 
@@ -27,54 +26,66 @@ def reference(x, y, gate, scale, row, eps, shift=None, bounded=True) -> tuple[to
 
 @jit
 def _forward_kernel(
-    x, y, gate, scale, shift, row, out, scaled, tokens, width, stride, eps,
-    BOUNDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, gate, scale, shift, row, out, scaled, tokens, stride, eps,
+    BOUNDED: tl.constexpr,
+    width: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    at, of_row, inside = places(row, tokens, width, stride, TOKENS, BLOCK)
-    value = tl.load(x + at, inside, other=0).to(tl.float32)
-    step = tl.load(y + at, inside, other=0).to(tl.float32)
-    g = gated(tl.load(gate + of_row, inside, other=0), BOUNDED)
-    gain = 1 + tl.load(scale + of_row, inside, other=0).to(tl.float32)
-    offset = 0.0
+    token, there, of_row = program_tokens(row, tokens, stride, TOKENS)
+    a, b = norm_rows.load(x, token * width, there, width, TOKENS, BLOCK, REST)
+    y_a, y_b = norm_rows.load(y, token * width, there, width, TOKENS, BLOCK, REST)
+    gate_a, gate_b = norm_rows.load(gate, of_row, there, width, TOKENS, BLOCK, REST)
+    gain_a, gain_b = norm_rows.load(scale, of_row, there, width, TOKENS, BLOCK, REST)
+    a, b = a + gated(gate_a, BOUNDED) * y_a, b + gated(gate_b, BOUNDED) * y_b
+    norm_rows.store(out, token * width, there, a, b, width, TOKENS, BLOCK, REST)
+    a, b = a.to(out.dtype.element_ty).to(tl.float32), b.to(out.dtype.element_ty).to(tl.float32)
+    a, b = norm_rows.normed(a, b, eps, width, BLOCK, REST, LANES)
+    a, b = a * (1 + gain_a), b * (1 + gain_b)
     if shift is not None:
-        offset = tl.load(shift + of_row, inside, other=0).to(tl.float32)
-    rounded = (value + g * step).to(out.dtype.element_ty)
-    tl.store(out + at, rounded, inside)
-    n, _ = normed(rounded.to(tl.float32), inside, width, eps)
-    tl.store(scaled + at, (n * gain + offset).to(scaled.dtype.element_ty), inside)
+        shift_a, shift_b = norm_rows.load(shift, of_row, there, width, TOKENS, BLOCK, REST)
+        a, b = a + shift_a, b + shift_b
+    norm_rows.store(scaled, token * width, there, a, b, width, TOKENS, BLOCK, REST)
 
 
 @jit
 def _backward_kernel(
-    dout, dscaled, out, y, gate, scale, dx, dy, partial, order, spans, width, stride, eps,
-    BOUNDED: tl.constexpr, SHIFTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    dout, dscaled, out, y, gate, scale, dx, dy, partial, order, spans, stride, eps,
+    BOUNDED: tl.constexpr, SHIFTED: tl.constexpr,
+    width: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     own, begin, end = span(order, spans)
-    column = tl.arange(0, BLOCK)
-    g = gated(tl.load(gate + own * stride + column, column < width, other=0), BOUNDED)
-    gain = 1 + tl.load(scale + own * stride + column, column < width, other=0).to(tl.float32)
-    of_gate, of_scale = tl.zeros([TOKENS, BLOCK], tl.float32), tl.zeros([TOKENS, BLOCK], tl.float32)
-    of_shift = tl.zeros([TOKENS, BLOCK], tl.float32)
+    g_a, g_b = norm_rows.load_one(gate, own * stride, width, BLOCK, REST)
+    g_a, g_b = gated(g_a, BOUNDED), gated(g_b, BOUNDED)
+    gain_a, gain_b = norm_rows.load_one(scale, own * stride, width, BLOCK, REST)
+    gate_a, gate_b = norm_rows.zeros(TOKENS, BLOCK, REST)
+    scale_a, scale_b = norm_rows.zeros(TOKENS, BLOCK, REST)
+    shift_a, shift_b = norm_rows.zeros(TOKENS, BLOCK, REST)
     for start in tl.range(begin, end, TOKENS, num_stages=3):
-        at, inside = places_in_order(order, start, end, width, TOKENS, BLOCK)
-        value = tl.load(out + at, inside, other=0).to(tl.float32)
-        d = tl.load(dscaled + at, inside, other=0).to(tl.float32)
-        direct = tl.load(dout + at, inside, other=0).to(tl.float32)
-        step = tl.load(y + at, inside, other=0).to(tl.float32)
-        n, inverse = normed(value, inside, width, eps)
-        of_scale += d * n
+        token, there = tokens_in_order(order, start, end, TOKENS)
+        a, b = norm_rows.load(out, token * width, there, width, TOKENS, BLOCK, REST)
+        d_a, d_b = norm_rows.load(dscaled, token * width, there, width, TOKENS, BLOCK, REST)
+        direct_a, direct_b = norm_rows.load(dout, token * width, there, width, TOKENS, BLOCK, REST)
+        y_a, y_b = norm_rows.load(y, token * width, there, width, TOKENS, BLOCK, REST)
+        a, b, dx_a, dx_b = norm_rows.norm_and_gradient(
+            a, b, d_a * (1 + gain_a), d_b * (1 + gain_b), eps, width, BLOCK, REST, LANES
+        )
+        dx_a, dx_b = direct_a + dx_a, direct_b + dx_b
+        norm_rows.store(dx, token * width, there, dx_a, dx_b, width, TOKENS, BLOCK, REST)
+        norm_rows.store(dy, token * width, there, g_a * dx_a, g_b * dx_b, width, TOKENS, BLOCK, REST)
+        gate_a += dx_a * y_a
+        scale_a += d_a * a
+        if REST:
+            gate_b += dx_b * y_b
+            scale_b += d_b * b
         if SHIFTED:
-            of_shift += d
-        total = direct + before_norm(d * gain, n, inverse, width)
-        tl.store(dx + at, total.to(dx.dtype.element_ty), inside)
-        tl.store(dy + at, (g * total).to(dy.dtype.element_ty), inside)
-        of_gate += total * step
-    chunk, chunks = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    to = partial + chunk * width + column
-    tl.store(to, before_gate(tl.sum(of_gate, 0), g, BOUNDED), column < width)
-    tl.store(to + chunks.to(tl.int64) * width, tl.sum(of_scale, 0), column < width)
+            shift_a += d_a
+            if REST:
+                shift_b += d_b
+    to, chunks = tl.program_id(0).to(tl.int64) * width, tl.num_programs(0).to(tl.int64) * width
+    gate_a, gate_b = before_gate(gate_a, g_a, BOUNDED), before_gate(gate_b, g_b, BOUNDED)
+    norm_rows.store_sum(partial, to, gate_a, gate_b, width, BLOCK, REST)
+    norm_rows.store_sum(partial, to + chunks, scale_a, scale_b, width, BLOCK, REST)
     if SHIFTED:
-        tl.store(to + 2 * chunks.to(tl.int64) * width, tl.sum(of_shift, 0), column < width)
+        norm_rows.store_sum(partial, to + 2 * chunks, shift_a, shift_b, width, BLOCK, REST)
 
 
 @torch.library.custom_op(
@@ -90,7 +101,7 @@ def _forward(x, y, gate, scale, row, eps, shift=None, bounded=True):
     if out.numel():
         tile = Tile.of(width)
         _forward_kernel[tile.grid(tokens, width)](
-            x, y, *rows.tensors, row, out, scaled, tokens, width, rows.stride, eps, BOUNDED=bounded, **tile.sizes
+            x, y, *rows.tensors, row, out, scaled, tokens, rows.stride, eps, BOUNDED=bounded, width=width, **tile.row_sizes
         )  # fmt: skip
     return out, scaled
 
@@ -114,8 +125,8 @@ def _backward(dout, dscaled, out, y, gate, scale, row, eps, shifted, bounded):
     partial = chunks.partial(2 + shifted)
     if partial.numel():
         _backward_kernel[chunks.grid](
-            dout, dscaled, out, y, *rows.tensors, dx, dy, partial, chunks.order, chunks.spans, width, rows.stride, eps,
-            BOUNDED=bounded, SHIFTED=shifted, **tile.sizes,
+            dout, dscaled, out, y, *rows.tensors, dx, dy, partial, chunks.order, chunks.spans, rows.stride, eps,
+            BOUNDED=bounded, SHIFTED=shifted, width=width, **tile.row_sizes,
         )  # fmt: skip
     return dx, dy, chunks.reduce(partial, gate.dtype)
 

@@ -21,7 +21,7 @@ CHUNKS = {"partial": F, "order": J, "spans": J}
 SIZES = {
     name: "i32"
     for name in (
-        "width", "stride", "tokens", "heads", "half", "rows", "dim", "tiles", "size", "chunks", "channels", "quads",
+        "width", "stride", "tokens", "programs", "heads", "rows", "dim", "tiles", "size", "chunks", "channels", "quads",
         "samples", "components", "stride_a", "stride_b", "stride_c", "out_token", "out_head", "part_token", "part_head",
         "lse_token", "lse_head", "part_lse_token", "part_lse_head",
     )
@@ -30,11 +30,14 @@ SIZES |= {"count": "i64", "calls": "i64", "seed": "i64"}
 SIZES |= dict.fromkeys(("eps", "level", "sine", "guidance", "beta", "scale", "low", "high", "clip"), "fp32")
 # sizes that are multiples of 16 at the real shapes
 EVEN = (
-    "width", "stride", "count", "half", "dim", "channels", "quads", "calls", "stride_a", "stride_b", "stride_c", "out_token",
+    "width", "stride", "count", "dim", "channels", "quads", "calls", "stride_a", "stride_b", "stride_c", "out_token",
     "out_head", "part_token", "part_head",
 )  # fmt: skip
-ROWS = dict(TOKENS=1, BLOCK=4096)
-# op.kernel: pointers (None: left out), compile-time sizes, warps; 2.1 is 4096 wide with heads of 128, 1.x 3072
+ROWS = dict(width=4096, TOKENS=1, BLOCK=4096, REST=0, LANES=256)
+WIDE_ROWS, PARTED_ROWS = ROWS | dict(LANES=512), dict(width=3072, TOKENS=1, BLOCK=2048, REST=1024, LANES=256)
+HEADS = dict(heads=24, half=64, ROWS=16, HALF=64)
+# op.kernel, or op.kernel:variant: pointers (None: left out), compile-time sizes, warps; 2.1 is 4096 wide with heads of 128,
+# 1.x 3072
 KERNELS = {
     "swiglu._forward_kernel": (dict(gate=B, up=B, out=B), dict(BLOCK=2048), 4),
     "swiglu._backward_kernel": (dict(dout=B, gate=B, up=B, dgate=B, dup=B), dict(BLOCK=2048), 4),
@@ -45,17 +48,27 @@ KERNELS = {
         dict(dout=B, y=B, gate=B, dy=B, **CHUNKS), dict(BOUNDED=True, TOKENS=1, BLOCK=1024), 2,
     ),
     "norm_modulate._forward_kernel": (dict(x=B, scale=B, shift=B, row=I, out=B), ROWS, 8),
+    "norm_modulate._forward_kernel:3072": (dict(x=B, scale=B, shift=B, row=I, out=B), PARTED_ROWS, 8),
     "norm_modulate._backward_kernel": (dict(dout=B, x=B, scale=B, dx=B, **CHUNKS), dict(SHIFTED=True, **ROWS), 8),
-    "qk_norm_rope._forward_kernel": (dict(x=B, weight=B, cos=F, sin=F, out=B), dict(ROWS=16, HALF=64), 8),
-    "qk_norm_rope._backward_kernel": (
-        dict(dout=B, x=B, weight=B, cos=F, sin=F, dx=B, partial=F), dict(ROWS=16, HALF=64), 8,
+    "norm_modulate._backward_kernel:3072": (
+        dict(dout=B, x=B, scale=B, dx=B, **CHUNKS), dict(SHIFTED=True, **PARTED_ROWS), 8,
     ),
+    "qk_norm_rope._forward_kernel": (dict(x=B, weight=B, cos=F, sin=F, out=B), HEADS, 8),
+    "qk_norm_rope._backward_kernel": (dict(dout=B, x=B, weight=B, cos=F, sin=F, dx=B, partial=F), HEADS, 8),
+    "qk_norm_rope._weight_kernel": (dict(partial=F, out=B), dict(PROGRAMS=512, BLOCK=16), 8),
     "residual_norm._forward_kernel": (
         dict(x=B, y=B, gate=B, scale=B, shift=None, row=I, out=B, scaled=B), dict(BOUNDED=True, **ROWS), 8,
     ),
     "residual_norm._backward_kernel": (
         dict(dout=B, dscaled=B, out=B, y=B, gate=B, scale=B, dx=B, dy=B, **CHUNKS),
-        dict(BOUNDED=False, SHIFTED=True, **ROWS), 16,
+        dict(BOUNDED=False, SHIFTED=True, **WIDE_ROWS), 16,
+    ),
+    "residual_norm._forward_kernel:3072": (
+        dict(x=B, y=B, gate=B, scale=B, shift=B, row=I, out=B, scaled=B), dict(BOUNDED=False, **PARTED_ROWS), 8,
+    ),
+    "residual_norm._backward_kernel:3072": (
+        dict(dout=B, dscaled=B, out=B, y=B, gate=B, scale=B, dx=B, dy=B, **CHUNKS),
+        dict(BOUNDED=False, SHIFTED=True, **WIDE_ROWS | dict(width=3072)), 16,
     ),
     "merge_attention._kernel": (dict(out=B, lse=F, part=B, part_lse=F), dict(ROWS=16, DIM=128), 4),
     "philox._kernel": (dict(row=I, token=I, prompt=I, sample=I, word=I, out=F), dict(BLOCK=512), 4),
@@ -91,7 +104,7 @@ KERNELS = {
 }  # fmt: skip
 # kernels that may move fewer than 16 bytes a time: their outputs are small or scattered
 NARROW = (
-    "qk_norm_rope._backward_kernel", "modulation._table_kernel", "modulation._reduce_kernel",
+    "qk_norm_rope._backward_kernel", "qk_norm_rope._weight_kernel", "modulation._table_kernel", "modulation._reduce_kernel",
     "policy_triton._rows_kernel", "velocity_match._rows_kernel", "group_advantage._groups_kernel",
     "group_advantage._batch_kernel",
 )  # fmt: skip
@@ -112,7 +125,7 @@ def build(name: str):
     from triton.compiler import ASTSource
 
     pointers, sizes, warps = KERNELS[name]
-    op, _, kernel = name.partition(".")
+    op, _, kernel = name.partition(":")[0].partition(".")
     fn = getattr(importlib.import_module(f"qirl.kernels.{op}"), kernel)
     constants = sizes | {arg: None for arg, kind in pointers.items() if kind is None}
     signature = {arg: "constexpr" if arg in constants else pointers.get(arg) or SIZES[arg] for arg in fn.arg_names}
@@ -168,8 +181,10 @@ def test_registers_leave_room_for_sixteen_warps_a_multiprocessor(compiled):
 
 def test_large_tensors_move_sixteen_bytes_a_thread_at_a_time(compiled):
     """Loads and stores in bfloat16 are 128 bits wide; narrower ones read a program's own row and span."""
-    for name, _, _, *accesses in compiled:
-        narrow = [access for access in accesses if ".128:" not in access]
+    for variant, _, _, *accesses in compiled:
+        name = variant.partition(":")[0]
+        # the second block of a row in two has 4 values a thread
+        narrow = [access for access in accesses if ".128:" not in access and not (":" in variant and ".64:" in access)]
         wide = [access for access in accesses if ".128:" in access]
         assert wide or name in NARROW, name
         assert not [access for access in narrow if access.startswith("STG")] or name in (*NARROW, *SUMS), name
@@ -179,7 +194,7 @@ def test_large_tensors_move_sixteen_bytes_a_thread_at_a_time(compiled):
 def test_the_list_names_every_kernel_there_is():
     folder = Path(__file__).parents[1] / "kernels"
     found = {f"{path.stem}.{name}" for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel|_kernel)\(", path.read_text(), re.M)}  # fmt: skip
-    assert found == set(KERNELS)
+    assert found == {name.partition(":")[0] for name in KERNELS}
 
 
 if __name__ == "__main__":

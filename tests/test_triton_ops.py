@@ -79,7 +79,7 @@ ROWS = {"one": lambda n: torch.zeros(n, dtype=torch.int64), "turns": lambda n: t
         "blocks": lambda n: torch.arange(n) * 3 // max(1, n)}  # fmt: skip
 # tokens and width, and how tokens spread over the rows; the last of the four rows has no token
 CASES = [((0, 8), "one"), ((1, 3), "one"), ((63, 40), "turns"), ((63, 40), "blocks"), ((1000, 7), "blocks"),
-         ((4097, 12), "turns"), ((3, 1100), "turns"), ((40, 1100), "one")]  # fmt: skip
+         ((4097, 12), "turns"), ((3, 1100), "turns"), ((40, 1100), "one"), ((5, 5000), "turns")]  # fmt: skip
 
 
 def modulated(case, tensors, rows, dtype):
@@ -160,7 +160,7 @@ def test_chunks_cover_every_token_once_whatever_the_order_of_rows(tokens, width)
 
 @pytest.mark.parametrize(
     "tile, sizes",
-    [({}, [1, 4, 16, 32]), ({"threads": 2}, [1, 8, 32, 32]), ({"widest": 1024}, [1, 4, 16, 32])],
+    [({}, [1, 4, 16, 64]), ({"threads": 2}, [1, 8, 32, 64]), ({"widest": 1024}, [1, 4, 16, 64])],
     ids=["norm", "norm and residual", "residual"],
 )
 def test_more_tokens_make_larger_chunks_once_every_multiprocessor_has_warps(tile, sizes):
