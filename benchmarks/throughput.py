@@ -47,9 +47,10 @@ SETTINGS = [
     dataclasses.replace(HEADLINE, name="fp8", overrides=("model.fp8=torch",)),
     dataclasses.replace(HEADLINE, name="references4", references=4),
     dataclasses.replace(HEADLINE, name="1024", height=1024, width=1024, micro=1, batch=8),
-    dataclasses.replace(HEADLINE, name="1.x", family="qwen_image", base="int8", checkpointing="block"),
-    dataclasses.replace(HEADLINE, name="full", lora=0, layers=8),
+    dataclasses.replace(HEADLINE, name="1.x", family="qwen_image", checkpointing="block"),
+    dataclasses.replace(HEADLINE, name="full", lora=0, layers=12),
     dataclasses.replace(HEADLINE, name="references1", references=1),
+    dataclasses.replace(HEADLINE, name="1.x-int8", family="qwen_image", base="int8", checkpointing="block"),
 ]
 # what a CPU is measured with: the same steps, small
 SMALL = dict(size="tiny", layers=2, height=128, width=128, text=32, group=4, steps=5, dtype="float32", lora=8)
@@ -299,7 +300,7 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="measure small models on the CPU")
     parser.add_argument("--list", action="store_true", help="print the settings and end")
@@ -314,7 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peak", type=float, help="TFLOP/s of this GPU, for MFU, where its name is not known")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/throughput_cpu.json or _GPU.json")
     parser.add_argument("words", nargs="*", metavar="WORD", help="headline micro=8 model.attention=cudnn ...")
-    args = parser.parse_intermixed_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_intermixed_args(arguments)
     if not args.cpu and not args.list and not torch.cuda.is_available():
         print("throughput: no CUDA device here; --cpu measures small models on the CPU", file=sys.stderr)
         return 2
