@@ -52,8 +52,9 @@ SETTINGS = [
     dataclasses.replace(HEADLINE, name="references1", references=1),
     dataclasses.replace(HEADLINE, name="1.x-int8", family="qwen_image", base="int8", checkpointing="block"),
 ]
-# what a CPU is measured with: the same steps, small
-SMALL = dict(size="tiny", layers=2, height=128, width=128, text=32, group=4, steps=5, dtype="float32", lora=8)
+# what a CPU is measured with: the same steps on small models, and of them those that say something there
+SMALL = dict(size="tiny", height=256, width=256, text=32, group=8, nodes=4, dtype="float32", micro=8, batch=8)
+ON_CPU = ("headline", "references1", "references4", "full", "1.x")
 BASELINES = ("same", "peers")  # see throughput_baselines.py
 # seconds of what is measured beside a step, in such steps without references; trials of batch sizes included
 COST = {"same": 6.0, "peers": 12.0, "parts": 1.0}
@@ -90,9 +91,9 @@ def chosen(words: Sequence[str], cpu: bool) -> list[Setting]:
         if name not in known:
             raise UserError(f"there is no setting '{name}'{nearest(name, known)}; there are {', '.join(known)}")
     changes = [word for word in words if "=" in word]
-    found = [known[name] for name in names or known]
+    found = [known[name] for name in names or (ON_CPU if cpu else known)]
     if cpu:
-        found = [dataclasses.replace(s, **SMALL | ({"lora": 0} if not s.lora else {})) for s in found]
+        found = [dataclasses.replace(s, **SMALL, layers=None, lora=min(8, s.lora)) for s in found]
     return [one for setting in found for one in changed(setting, changes)]
 
 

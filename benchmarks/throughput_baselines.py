@@ -14,12 +14,14 @@ peers   The same module and memory. Rollout: every sample fills a cache of its o
         - one node at a time: flow_grpo ("for j in train_timesteps"), verl-omni
           (verl_omni/workers/engine/fsdp/diffusers_impl.py at 04e7572, _run_forward_backward_batch), DanceGRPO (train_one_step).
         - each sample with its own prefix: the three of them; their models are called on batches of whole samples.
-        - gradient checkpointing of blocks: on by default in verl-omni (config/diffusion/model/diffusion_model.yaml at 0afdb05)
-          and in the FSDP settings of the other two.
+        - gradient checkpointing of blocks, on a GPU: on by default in verl-omni
+          (verl_omni/trainer/config/diffusion/model/diffusion_model.yaml at 0afdb05), an option of the other two
+          (activation_checkpointing, gradient_checkpointing).
 
 What favours a baseline: its inputs are laid out before the clock runs, adapters are in the model's dtype (peft would keep them
-in float32), weights that are all trained have no float32 copy, the loss is qirl's fused op, an unconditional text is not padded
-to the length of the other. Its base is never in 8 bits. Before it is timed, gradients and finished latents of a small float32 model must equal qirl's.
+in float32), the loss is qirl's fused op, an unconditional text is not padded to the length of the other. Weights that are all
+trained are float32 and computed with in bfloat16 by FSDP, as qirl's are. The base is never in 8 bits. Before it is timed,
+gradients and finished latents of a small float32 model must equal qirl's.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from qirl.models.lora import target_pattern
 from qirl.models.qwen_image_21 import model_time
 from qirl.optim import Optimizer
 from qirl.packing import Condition
+from qirl.parallel.data import gathered, shard, start
 from qirl.policy.nodes import draw_nodes
 from qirl.policy.packs import Layout, Pair
 from qirl.policy.trainer import prepare
@@ -75,13 +78,16 @@ class Baseline:
         self.setting, self.kind, self.device = own_setting(setting, kind), kind, device
         self.config = self.setting.config("unused")
         architecture, self.dtype = self.setting.architecture(), DTYPES[setting.dtype]
+        masters = not setting.lora and self.dtype == torch.bfloat16
         self.model = _module(self.setting, self.config, architecture)
-        torch.nn.Module.to(self.model, self.dtype).to_empty(device=device)
+        torch.nn.Module.to(self.model, torch.float32 if masters else self.dtype).to_empty(device=device)
         _place_tables(self.model, setting.family, architecture, device)
         if state is None:
             draw_weights(self.model, self.config.run.seed)
         else:
             self.model.load_state_dict(state)
+        if masters:  # computes in bfloat16 over float32 weights, as qirl does
+            shard(self.model, start(always_mesh=True), self.dtype)
         self.family = Drawn(self.setting, architecture, self.dtype)
         self.optimizer = Optimizer(self.model, self.config.optimizer, self.config.run.steps)
         self.number, self.parts = 0, []
@@ -148,13 +154,14 @@ class Baseline:
         """Finished latents [samples, tokens, C], from the noise that qirl begins with."""
         drawn = experience(self.setting, self.config, self.family, self.device, self.number, states=False)
         self.number += 1
-        finished = []
-        for place, (prompt, _) in enumerate(prompts(self.setting)):
-            conditions, group = self.conditions(prompt), self.setting.group
-            for start in range(0, group, self.setting.batch):
-                first = place * group + start
-                rows = torch.arange(first, min(first + self.setting.batch, (place + 1) * group), device=self.device)
-                finished.append(self._sample(conditions, drawn.stream.rows(rows), drawn.grid[rows]))
+        finished, group = [], self.setting.group
+        with gathered(self.model):
+            for place, (prompt, _) in enumerate(prompts(self.setting)):
+                conditions = self.conditions(prompt)
+                for rows in torch.arange(place * group, (place + 1) * group, device=self.device).split(
+                    self.setting.batch
+                ):
+                    finished.append(self._sample(conditions, drawn.stream.rows(rows), drawn.grid[rows]))
         return torch.cat(finished)
 
     def _sample(self, conditions: Sequence[Condition], draws, grid: torch.Tensor) -> torch.Tensor:
@@ -209,8 +216,8 @@ class Baseline:
                 pairs = [Pair(i, exp.nodes[i][j], 0, *self.setting.grid) for i, j in run]
                 conditions = self.conditions(prompt)
                 layout = Layout(conditions[:1], pairs, [], 1, True, conditions[1:] if self.kind == "peers" else ())
-                for start in range(0, len(pairs), size):
-                    members = list(range(start, min(start + size, len(pairs))))
+                for first in range(0, len(pairs), size):
+                    members = list(range(first, min(first + size, len(pairs))))
                     batch = make_batch(exp, layout, members, self.config, weight, live=True)
                     self.parts.append((conditions if batch.guided else conditions[:1], batch))
 
@@ -250,6 +257,7 @@ class Baseline:
                     break
                 finally:
                     self.optimizer.adam.zero_grad(set_to_none=True)
+                    release()
                 if peak > most_bytes:
                     break
                 found[size, recompute] = seconds / size

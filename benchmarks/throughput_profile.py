@@ -69,7 +69,7 @@ def profiled(run: Callable[[], object], device: str, wall: float) -> dict:
     names: dict[str, float] = {}
     for event in found.key_averages():
         spent = (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
-        if gpu and event.device_type != torch.autograd.DeviceType.CUDA or not spent:
+        if not spent or gpu and not _on_device(event):
             continue
         kind = kind_of(event.key, KERNELS if gpu else OPERATORS)
         ms[kind] = ms.get(kind, 0.0) + spent
@@ -81,10 +81,17 @@ def profiled(run: Callable[[], object], device: str, wall: float) -> dict:
     return {"ms": ms, "launches": launches, "busy_ms": busy, "gap_ms": gap, "top": top}
 
 
+def _on_device(event) -> bool:
+    """Whether it is a kernel or a copy, and no span of the host that is drawn over them, such as an optimizer's step."""
+    drawn = getattr(event, "is_user_annotation", False) or event.key.startswith(
+        ("Optimizer.", "FSDP::", "ProfilerStep")
+    )
+    return event.device_type == torch.autograd.DeviceType.CUDA and not drawn
+
+
 def _busy_ms(found) -> float:
     """Milliseconds in which the device ran anything: kernels of several streams overlap."""
-    cuda = torch.autograd.DeviceType.CUDA
-    spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if e.device_type == cuda)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in found.events() if _on_device(e))
     busy, end = 0.0, 0.0
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))

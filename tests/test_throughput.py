@@ -15,6 +15,7 @@ import torch
 from qirl.costs import Flops, forward_flops
 from qirl.errors import UserError
 from qirl.models.quantised import FrozenLinear
+from qirl.parallel.data import leave_group, local
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -29,6 +30,13 @@ from throughput_step import Step, peak_of, step_flops  # noqa: E402
 FAMILIES = tuple(TRUE)
 # words that make any setting small enough for a test
 TINY = ["layers=1", "height=64", "width=96", "text=9", "group=2", "steps=3", "nodes=1", "micro=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left():
+    """bfloat16 over float32 weights makes a process group."""
+    yield
+    leave_group()
 
 
 def tiny(family=FAMILIES[0], **changes):
@@ -54,6 +62,21 @@ def test_a_baseline_that_computes_something_else_is_told(monkeypatch):
     monkeypatch.setattr(baselines, "model_time", lambda t, dtype: t.to(dtype) * 0.99)
     with pytest.raises(AssertionError, match="gradients differ by .* from qirl's"):
         baselines.agreement(tiny(), "same", "cpu")
+
+
+@pytest.mark.parametrize("kind", bench.BASELINES)
+def test_a_baseline_trains_float32_weights_in_bfloat16_as_qirl_does(kind):
+    baseline = baselines.Baseline(tiny(lora=0, dtype="bfloat16"), kind, "cpu")
+    assert baseline.settle(float("inf"))["batch"] in (1, 2)
+    assert sum(len(batch.lengths) for _, batch in baseline.parts) == baseline.setting.images * baseline.setting.nodes
+    before = [local(p).clone() for p in baseline.model.parameters()]
+    assert baseline.rollout().dtype == torch.float32
+    baseline.update()
+    after = [local(p) for p in baseline.model.parameters()]
+    assert {p.dtype for p in after} == {torch.float32}
+    moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    baseline.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
