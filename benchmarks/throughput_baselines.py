@@ -1,402 +1,395 @@
-"""How fast are rollout and update against diffusers' own module? Ratios inside one run, one JSON row.
+"""What a setting's RL step costs with diffusers' own module: at its best (`same`), and as current trainers run it (`peers`).
 
-    python benchmarks/throughput.py                                                     on a GPU
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/throughput.py --cpu     on a CPU
+same    diffusers' transformer, LoRA by peft, the same objective, optimizer and noise. Rollout: for 2.1 its key-value cache, filled
+        once for a prompt and shared by the batch; Euler steps. Update: whole samples, each with its own prefix, in the batch size
+        (and with or without gradient checkpointing) that is fastest per pair in no more memory than qirl's update took.
+peers   The same module and memory. Rollout: every sample fills a cache of its own, as diffusers' pipelines do; without one (1.x)
+        its prefix is run at every step. Update: Flow-GRPO's objective with these choices of current trainers:
+        - guidance in the update, two forwards a pair: flow_grpo (scripts/train_qwenimage_edit_plus.py at 9dcdc35,
+          compute_log_prob); verl-omni (verl_omni/pipelines/qwen_image_flow_grpo/diffusers_training_adapter.py at 3f27f75,
+          forward_and_sample_previous_step). DanceGRPO trains without guidance (fastvideo/train_grpo_flux.py at 22b85ef).
+        - old log-probabilities from a forward of their own: verl-omni unless bypass_mode is set
+          (verl_omni/trainer/diffusion/ray_diffusion_trainer.py at 0324b39, fit and _compute_old_log_prob). flow_grpo and
+          DanceGRPO keep those of the rollout.
+        - one node at a time: flow_grpo ("for j in train_timesteps"), verl-omni
+          (verl_omni/workers/engine/fsdp/diffusers_impl.py at 04e7572, _run_forward_backward_batch), DanceGRPO (train_one_step).
+        - each sample with its own prefix: the three of them; their models are called on batches of whole samples.
+        - gradient checkpointing of blocks, on a GPU: on by default in verl-omni
+          (verl_omni/trainer/config/diffusion/model/diffusion_model.yaml at 0afdb05), an option of the other two
+          (activation_checkpointing, gradient_checkpointing).
 
-update   8 samples x 4 trained nodes of one prompt with R reference images of the target's size, forward and backward.
-         qirl: packs with the shared prefix under a token budget. diffusers: batches of samples, each with its own
-         prefix, at most as many targets in one backward; the fastest of the batch sizes that this allows.
-         The gradients of both must agree before anything is timed.
-rollout  8 samples of one prompt. qirl: prefill, cached steps, noise and sampler step. diffusers: its key-value cache,
-         filled once for the prompt and shared by the batch (`ratio`), or per sample as its pipeline does
-         (`ratio_batch`), and a bare Euler step.
-phases   shares of rollout, reward and update in one step of the digits configuration.
-
-A ratio is diffusers' time / qirl's time: the median over repetitions in which both run one after the other. With one
-thread of a CPU it is taken from the CPU time of the process, which others on the machine disturb least; else from wall time,
-until the GPU is done. On a CPU a small model computes in float32, in which both must agree to rounding. On a GPU one computes
-in float32 for that, and one of the real width, heads and channels, six blocks deep, in bfloat16 for the times.
+What favours a baseline: its inputs are laid out before the clock runs, adapters are in the model's dtype (peft would keep them
+in float32), the loss is qirl's fused op, an unconditional text is not padded to the length of the other. Weights that are all
+trained are float32 and computed with in bfloat16 by FSDP, as qirl's are. The base is never in 8 bits. Before it is timed,
+gradients and finished latents of a small float32 model must equal qirl's.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
-import math
-import statistics
-import sys
-import tempfile
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import diffusers
 import torch
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache, QwenImage21Transformer2DModel
+from throughput_cases import Drawn, Setting, draw_weights, prompts
+from throughput_step import Step, finish, release
 
-from qirl import config as configuration
-from qirl.config_sections import Flow
-from qirl.engine import initialise, model_config
-from qirl.flow.grid import sigmas
-from qirl.flow.rollout import rollout
+from qirl.config import TrainConfig
+from qirl.engine import DTYPES
+from qirl.errors import UserError
+from qirl.families import targets_of
+from qirl.flow.rollout import Kept, grids
+from qirl.kernels.flow_step import guide
 from qirl.kernels.philox import INITIAL, normal, stream
-from qirl.models.folders import WORLD_FILE
-from qirl.models.qwen_image_21 import QwenImage21, model_time
-from qirl.models.weights import load_model, save_model
-from qirl.packing import Condition, Target
-from qirl.paths import configs
-from qirl.policy.packs import Pair, Prefix, lay_out
-from qirl.policy.trainer import open_trainer, train_step
-from qirl.run.folder import write_json
-from qirl.run.machine import machine
-from qirl.world import make_world
+from qirl.models.lora import target_pattern
+from qirl.models.qwen_image_21 import model_time
+from qirl.optim import Optimizer
+from qirl.packing import Condition
+from qirl.parallel.data import gathered, shard, start
+from qirl.policy.nodes import draw_nodes
+from qirl.policy.packs import Layout, Pair
+from qirl.policy.trainer import prepare
+from qirl.policy.update import Batch, Experience, accumulate, loss_and_stats, make_batch
 
-# The shape ratios of the 20B model, small: heads x head_dim = width, mlp_ratio 3, rotary axes 1 : 3.5 : 3.5.
-CONFIG = dict(
-    in_channels=16, out_channels=16, num_layers=4, attention_head_dim=32, num_attention_heads=4, context_in_dim=128,
-    mlp_ratio=3, axes_dims_rope=(4, 14, 14),
+CLASSES = {"qwen_image_21": "QwenImage21Transformer2DModel", "qwen_image": "QwenImageTransformer2DModel"}
+# what `peers` train with: Flow-GRPO
+PEERS = ("policy.loss=grpo", "flow.sampler=sde", "guidance.scope=both", "policy.old=recompute")
+SMALL = dict(
+    size="tiny", layers=2, height=64, width=96, text=9, prompts=2, group=2, steps=5, nodes=2, dtype="float32", base="dtype",
+    checkpointing="none", micro=2, batch=2,
 )  # fmt: skip
-# what a GPU is timed with: 2.1's own block and channels, 512 x 512 pixels
-LARGE = dict(
-    in_channels=64, out_channels=64, num_layers=6, attention_head_dim=128, num_attention_heads=32, context_in_dim=3584,
-    mlp_ratio=3, axes_dims_rope=(16, 56, 56),
-)  # fmt: skip
-# (part, reference images), the most telling first
-CASES = (
-    ("update", 1), ("rollout", 1), ("update", 0), ("rollout", 0), ("update", 4), ("rollout", 4), ("update", 8),
-)  # fmt: skip
-WANTED = {0: 1.0, 1: 1.8, 4: 3.5, 8: 5.0}  # update ratio by number of reference images; rollout: 1 always
-GRADIENT, LATENTS = 1e-4, 1e-4  # float32 sums in another order
+AGREE = 1e-4  # relative error: float32 sums in another order
+BATCHES = (1, 2, 4, 8, 16, 32)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One prompt with `references` images of side x side latent tokens, `pairs` targets of that size."""
-
-    references: int
-    side: int = 16
-    text: int = 32
-    pairs: int = 32
-    micro: int = 8  # targets in one backward
-    seed: int = 0
-    device: str = "cpu"
-
-    @property
-    def tokens(self) -> int:
-        return self.side * self.side
-
-    @property
-    def layout(self) -> tuple[tuple, ...]:
-        before = self.text // 4
-        return (("text", before), *[("image", self.side, self.side)] * self.references, ("text", self.text - before))
-
-    def draw(self, model: QwenImage21) -> tuple[Condition, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The condition, latents and loss weights [pairs, tokens, C] in the model's dtype, t float32 [pairs]."""
-        generator = torch.Generator().manual_seed(self.seed)
-        gauss = lambda *shape: torch.randn(*shape, generator=generator).to(self.device, model.dtype)  # noqa: E731
-        channels = model.config.in_channels
-        images = tuple(gauss(self.tokens, channels) for _ in range(self.references))
-        condition = Condition(gauss(self.text, model.config.context_in_dim), images, self.layout)
-        latents, weights = gauss(self.pairs, self.tokens, channels), gauss(self.pairs, self.tokens, channels)
-        return condition, latents, weights, torch.rand(self.pairs, generator=generator).to(self.device)
+def own_setting(setting: Setting, kind: str) -> Setting:
+    """The setting that a baseline runs: its base as it computes, none of qirl's options, for `peers` their objective."""
+    return dataclasses.replace(setting, base="dtype", overrides=PEERS if kind == "peers" else ())
 
 
-def make_models(device: str = "cpu", dtype: torch.dtype = torch.float32, **changes):
-    """diffusers' module with random weights, and qirl's with the same ones."""
-    torch.manual_seed(0)
-    theirs = QwenImage21Transformer2DModel(**{**CONFIG, **changes})
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # norms away from their trivial start
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        theirs = QwenImage21Transformer2DModel.from_pretrained(folder, torch_dtype=dtype)
-        return theirs.to(device), load_model(folder).to(device, dtype)
+class Baseline:
+    """diffusers' module of a setting on the device. state: weights of qirl's model to take; None: random ones.
 
-
-def their_call(case: Case, condition: Condition, latents: torch.Tensor, t: torch.Tensor) -> dict:
-    """Arguments of diffusers' forward for a batch of targets [B, tokens, C] of one condition."""
-    batch, slots = len(latents), case.tokens // 4
-    states, mask, rest = [], [], condition.text
-    for kind, *size in case.layout:
-        if kind == "text":
-            states, rest = [*states, rest[: size[0]]], rest[size[0] :]
-            mask += [False] * size[0]
-        else:
-            states.append(condition.text.new_zeros(slots, condition.text.shape[1]))
-            mask += [True] * slots
-    references = [r.expand(batch, -1, -1) for r in condition.references]
-    return dict(
-        hidden_states=torch.cat([*references, latents.to(condition.text.dtype)], 1),
-        encoder_hidden_states=torch.cat(states).expand(batch, -1, -1),
-        timestep=model_time(t, condition.text.dtype),
-        img_shapes=[[(1, case.side, case.side)] * (case.references + 1)] * batch,
-        img_mask=torch.tensor([mask + [True] * slots], device=case.device).expand(batch, -1),
-        return_dict=False,
-    )
-
-
-def their_update(model, case: Case, data, batch: int) -> None:
-    condition, latents, weights, t = data
-    model.zero_grad()
-    for x, w, s in zip(latents.split(batch), weights.split(batch), t.split(batch), strict=True):
-        v = model(**their_call(case, condition, x, s))[0][:, -case.tokens :]
-        (v * w).sum().backward()
-
-
-def our_update(model, case: Case, data) -> None:
-    condition, latents, weights, t = data
-    model.zero_grad()
-    pairs = [Pair(i, 0, 0, case.side, case.side) for i in range(case.pairs)]
-    [layout] = lay_out([condition], pairs, case.micro * case.tokens, lambda seam, count: (seam, count))
-    prefix = Prefix(model, layout, case.device)
-    for members in layout.packs:
-        body, members = layout.body(members, case.device), torch.tensor(members, device=case.device)
-        v = model(body, latents[members].flatten(0, 1), t[members], prefix.leaves)
-        (v * weights[members].flatten(0, 1)).sum().backward()
-    prefix.backward()
-
-
-def gradient_error(ours, theirs) -> float:
-    """The largest relative error (norm) over the parameters."""
-    reference = dict(theirs.named_parameters())
-    return max(
-        ((p.grad - reference[name].grad).norm() / reference[name].grad.norm().clamp_min(1e-30)).item()
-        for name, p in ours.named_parameters()
-    )
-
-
-@torch.no_grad()
-def their_rollout(model, case: Case, data, steps: int, shared: bool) -> torch.Tensor:
-    """Euler steps with diffusers' cache; shared: the prefix is run once and its keys and values expanded."""
-    condition, x, _, _ = data
-    grid = torch.from_numpy(sigmas(case.tokens, Flow(steps=steps))).to(case.device)
-    cache = QwenImage21KVCache(len(model.transformer_blocks))
-    for node in range(steps):
-        mode = "cached" if node or shared else "extract"
-        if shared and node == 0:
-            model(**their_call(case, condition, x[:1], grid[:1]), kv_cache=cache, kv_cache_mode="extract")
-            for layer in cache.layer_caches:
-                layer.store(*(part.expand(len(x), -1, -1, -1) for part in layer.get()))
-        call = their_call(case, condition, x, grid[node].expand(len(x)))
-        v = model(**call, kv_cache=cache, kv_cache_mode=mode)[0][:, -case.tokens :]
-        x = x + v.float() * (grid[node + 1] - grid[node])  # the state stays in float32
-    return x
-
-
-def draws_of(case: Case):
-    return stream(case.seed, [0] * case.pairs, list(range(case.pairs)), 0, case.device)
-
-
-def our_rollout(model, case: Case, data, steps: int) -> torch.Tensor:
-    targets = [Target(0, case.side, case.side)] * case.pairs
-    return rollout(model, [data[0]], targets, draws_of(case), Flow(steps=steps)).x0.view(case.pairs, case.tokens, -1)
-
-
-def measure(repetitions: int, device: str, **runs: Callable) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every run, interleaved so that what disturbs one disturbs all; the first round is not counted."""
-    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds = {name: {"wall": [], "cpu": []} for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            finish()
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            finish()
-            if repetition:
-                seconds[name]["wall"].append(time.perf_counter() - wall)
-                seconds[name]["cpu"].append(time.process_time() - cpu)
-    return seconds
-
-
-def ratio(seconds: dict, device: str, over: str, under: str = "qirl") -> float:
-    clock = "cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall"
-    pairs = zip(seconds[over][clock], seconds[under][clock], strict=True)
-    return round(statistics.median(a / b for a, b in pairs), 3)
-
-
-def check_update(models, case: Case) -> float:
-    """The error of the gradients. Raises AssertionError if they differ."""
-    (theirs, ours), data = models, case.draw(models[1])
-    their_update(theirs, case, data, case.micro)
-    our_update(ours, case, data)
-    error = gradient_error(ours, theirs)
-    assert error <= GRADIENT, f"gradients differ by {error:.1e} from diffusers'"
-    return error
-
-
-def bench_update(models, case: Case, repetitions: int) -> dict:
-    (theirs, ours), data = models, case.draw(models[1])
-    sizes = [b for b in (1, 2, 4, 8, 16, 32) if b <= case.micro and case.pairs % b == 0]
-    trial = measure(1, case.device, **{str(b): lambda b=b: their_update(theirs, case, data, b) for b in sizes})
-    batch = min(sizes, key=lambda b: trial[str(b)]["cpu" if case.device == "cpu" else "wall"][0])
-    seconds = measure(
-        repetitions,
-        case.device,
-        qirl=lambda: our_update(ours, case, data),
-        diffusers=lambda: their_update(theirs, case, data, batch),
-    )
-    facts = {"references": case.references, "targets_per_backward": case.micro, "diffusers_batch": batch}
-    return {**facts, "ratio": ratio(seconds, case.device, "diffusers"), "seconds": seconds}
-
-
-def check_rollout(models, case: Case, steps: int) -> float:
-    """The error of the finished latents. Raises AssertionError if they differ."""
-    (theirs, ours), data = models, with_our_noise(models[1], case)
-    got, expected = our_rollout(ours, case, data, steps), their_rollout(theirs, case, data, steps, shared=True)
-    error = ((got - expected).norm() / expected.norm()).item()
-    assert error <= LATENTS, f"latents differ by {error:.1e} from diffusers'"
-    return error
-
-
-def bench_rollout(models, case: Case, steps: int, repetitions: int) -> dict:
-    (theirs, ours), data = models, with_our_noise(models[1], case)
-    seconds = measure(
-        repetitions,
-        case.device,
-        qirl=lambda: our_rollout(ours, case, data, steps),
-        diffusers=lambda: their_rollout(theirs, case, data, steps, shared=True),
-        diffusers_batch=lambda: their_rollout(theirs, case, data, steps, shared=False),
-    )
-    ratios = {f"ratio{end}": ratio(seconds, case.device, f"diffusers{end}") for end in ("", "_batch")}
-    return {"references": case.references, "samples": case.pairs, "steps": steps, **ratios, "seconds": seconds}
-
-
-def with_our_noise(model, case: Case) -> tuple:
-    """The case's data, its latents the noise that our rollout starts from."""
-    condition, latents, weights, t = case.draw(model)
-    row = torch.arange(case.pairs, device=case.device).repeat_interleave(case.tokens)
-    token = torch.arange(case.tokens, device=case.device).repeat(case.pairs)
-    noise = normal(draws_of(case), row, token, latents.shape[-1], 0, INITIAL)
-    return condition, noise.view(latents.shape), weights, t
-
-
-def bench_phases(steps: int, overrides: list[str]) -> dict:
-    """Shares of one training step of configs/digits/t2i.yaml, on a model of random weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = configuration.load("pretrain", {})
-        family = make_world(start.world).family
-        model = QwenImage21(model_config(start, family))
-        initialise(model, 0)
-        torch.nn.init.normal_(model.proj_out.weight, std=0.02)
-        save_model(model.config, model.state_dict(), f"{folder}/model")
-        facts = {**family.facts(), "unconditional": True}
-        Path(folder, "model", WORLD_FILE).write_text(json.dumps(facts))
-        places = [f"model.path={folder}/model", f"run.out={folder}/run", f"run.threads={torch.get_num_threads()}"]
-        config = configuration.load("train", configs() / "digits/t2i.yaml", [*places, *overrides])
-        trainer = open_trainer(config, ())
-        records = [train_step(trainer, step) for step in range(steps + 1)][1:]  # the first trains the reward readers
-    names = ("rollout", "reward", "update")
-    medians = {name: statistics.median(r[f"time/{name}"] for r in records) for name in names}
-    total = sum(medians.values())
-    shares = {name: round(seconds / total, 3) for name, seconds in medians.items()}
-    return {"shares": shares, "seconds": {name: [r[f"time/{name}"] for r in records] for name in names}}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="measure on the CPU")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="begin no case that would end later; the first always runs"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions: does it run?")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; default benchmarks/results/throughput_cpu.json or _GPU.json"
-    )
-    parser.add_argument("overrides", nargs="*", help="for the phases: policy.micro_tokens=4096 ...")
-    args = parser.parse_args(arguments)
-    if not args.cpu and not torch.cuda.is_available():
-        print("throughput: no CUDA device here; --cpu measures on the CPU", file=sys.stderr)
-        return 2
-    torch.set_num_threads(args.threads)
-    facts = machine(diffusers=diffusers.__version__)
-    device, name = ("cpu", "cpu") if args.cpu else ("cuda", facts["gpu"].replace(" ", "_"))
-    out = args.out or Path(__file__).parent / f"results/throughput_{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    row = {"machine": facts, "model": CONFIG if args.cpu else LARGE}
-    budget = Budget(args.seconds)
-    compare(row, device, args.quick, args.repetitions, budget, lambda: write_json(out, row))
-    # one process has one device, and the trainer takes the GPU where there is one
-    if args.cpu != torch.cuda.is_available() and budget.allows():
-        row["phases"] = bench_phases(1 if args.quick else 3, args.overrides)
-        print("phases   " + "  ".join(f"{n} {share:.0%}" for n, share in row["phases"]["shares"].items()))
-    missed = [
-        f"update {u['references']}: {u['ratio']:.2f}x" for u in row["update"] if u["ratio"] < WANTED[u["references"]]
-    ]
-    missed += [f"rollout {r['references']}: {r['ratio']:.2f}x" for r in row["rollout"] if r["ratio"] < 1]
-    if row["left_out"]:
-        print(f"left out for want of time: {', '.join(row['left_out'])}")
-    print(
-        f"below the goal (by reference images): {', '.join(missed)}"
-        if missed
-        else "every goal is met by what was measured"
-    )
-    write_json(out, row)
-    print(out)
-    return 0
-
-
-class Budget:
-    """Seconds that cases may take: one is begun only if it ends in time, taking as long as the longest before it."""
-
-    def __init__(self, seconds: float):
-        self.end, self.longest = time.monotonic() + seconds, 0.0
-
-    def allows(self) -> bool:
-        return time.monotonic() + self.longest <= self.end or not self.longest
-
-    @contextlib.contextmanager
-    def case(self) -> Iterator[None]:
-        begun = time.monotonic()
-        yield
-        self.longest = max(self.longest, time.monotonic() - begun)
-
-
-def compare(row: dict, device: str, quick: bool, repetitions: int, budget: Budget, write: Callable[[], None]) -> None:
-    """Adds to row["update"] and ["rollout"], the most telling cases first, each checked before it is timed.
-
-    Writes after every case; what the budget does not allow is named in row["left_out"].
+    Raises ImportError where diffusers or peft is missing.
     """
-    exact = make_models(device)
-    timed, side = (exact, 16) if device == "cpu" else (make_models(device, torch.bfloat16, **LARGE), 32)
-    repetitions = 1 if quick else repetitions
-    row.update(update=[], rollout=[], left_out=[])
-    for part, references in CASES:
-        if quick and references > 1:
-            continue
-        if not budget.allows():
-            row["left_out"].append(f"{part} {references}")
-            continue
-        with budget.case():
-            row[part].append(TIMED[part](exact, timed, references, side, device, repetitions))
-        write()
+
+    def __init__(self, setting: Setting, kind: str, device: str, state: dict | None = None):
+        self.setting, self.kind, self.device = own_setting(setting, kind), kind, device
+        self.config = self.setting.config("unused")
+        architecture, self.dtype = self.setting.architecture(), DTYPES[setting.dtype]
+        masters = not setting.lora and self.dtype == torch.bfloat16
+        self.model = _module(self.setting, self.config, architecture)
+        torch.nn.Module.to(self.model, torch.float32 if masters else self.dtype).to_empty(device=device)
+        _place_tables(self.model, setting.family, architecture, device)
+        if state is None:
+            draw_weights(self.model, self.config.run.seed)
+        else:
+            self.model.load_state_dict(state)
+        if masters:  # computes in bfloat16 over float32 weights, as qirl does
+            shard(self.model, start(always_mesh=True), self.dtype)
+        self.family = Drawn(self.setting, architecture, self.dtype)
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.config.run.steps)
+        self.number, self.parts = 0, []
+
+    # the module's calls
+
+    def velocity(self, condition: Condition, x: torch.Tensor, t: torch.Tensor, **cache) -> torch.Tensor:
+        """x [B, tokens, C], t [B]: the velocity [B, tokens, C] of a batch of targets of one condition."""
+        call = self._call_21 if self.setting.family == "qwen_image_21" else self._call_1
+        return call(condition, x.to(self.dtype), t, **cache)
+
+    def _call_21(self, condition: Condition, x, t, **cache) -> torch.Tensor:
+        """References before the target; the text has a place for every four latents of an image."""
+        batch, (height, width), rest = len(x), self.setting.grid, condition.text
+        slots, states, mask = height * width // 4, [], []
+        for kind, *size in condition.layout:
+            count = size[0] if kind == "text" else slots
+            states.append(rest[:count] if kind == "text" else rest.new_zeros(count, rest.shape[1]))
+            rest = rest[count:] if kind == "text" else rest
+            mask += [kind == "image"] * count
+        references = [r.expand(batch, -1, -1) for r in condition.references]
+        out = self.model(
+            hidden_states=torch.cat([*references, x], 1),
+            encoder_hidden_states=torch.cat(states).expand(batch, -1, -1),
+            timestep=model_time(t, self.dtype),
+            img_shapes=[[(1, height, width)] * (len(references) + 1)] * batch,
+            img_mask=torch.tensor([mask + [True] * slots], device=self.device).expand(batch, -1),
+            return_dict=False,
+            **cache,
+        )
+        return out[0][:, -self.setting.tokens :]
+
+    def _call_1(self, condition: Condition, x, t) -> torch.Tensor:
+        """The target before its references."""
+        batch = len(x)
+        references = [r.expand(batch, -1, -1) for r in condition.references]
+        out = self.model(
+            hidden_states=torch.cat([x, *references], 1),
+            encoder_hidden_states=condition.text.expand(batch, -1, -1),
+            timestep=model_time(t, self.dtype),
+            img_shapes=[[(1, *self.setting.grid)] * (len(references) + 1)] * batch,
+            return_dict=False,
+        )
+        return out[0][:, : self.setting.tokens]
+
+    def conditions(self, prompt) -> list[Condition]:
+        """The condition of a prompt, and under guidance its unconditional twin, on the device."""
+        both = [self.family.condition(prompt), self.family.negative(prompt)][
+            : 2 if self.config.flow.guidance != 1 else 1
+        ]
+        place = lambda value: value.to(self.device, self.dtype)  # noqa: E731
+        return [Condition(place(c.text), tuple(map(place, c.references)), c.layout, c.shared) for c in both]
+
+    def _guided(self, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
+        if len(velocities) == 1:
+            return velocities[0]
+        flat = [v.flatten(0, 1) for v in velocities]
+        return guide(*flat, self.config.flow.guidance, self.config.flow.rescale).view(velocities[0].shape)
+
+    # phases
+
+    @torch.no_grad()
+    def rollout(self) -> torch.Tensor:
+        """Finished latents [samples, tokens, C], from the noise that qirl begins with."""
+        drawn = experience(self.setting, self.config, self.family, self.device, self.number, states=False)
+        self.number += 1
+        finished, group = [], self.setting.group
+        with gathered(self.model):
+            for place, (prompt, _) in enumerate(prompts(self.setting)):
+                conditions = self.conditions(prompt)
+                for rows in torch.arange(place * group, (place + 1) * group, device=self.device).split(
+                    self.setting.batch
+                ):
+                    finished.append(self._sample(conditions, drawn.stream.rows(rows), drawn.grid[rows]))
+        return torch.cat(finished)
+
+    def _sample(self, conditions: Sequence[Condition], draws, grid: torch.Tensor) -> torch.Tensor:
+        count, tokens = len(grid), self.setting.tokens
+        row = torch.arange(count, device=self.device).repeat_interleave(tokens)
+        token = torch.arange(tokens, device=self.device).repeat(count)
+        x = normal(draws, row, token, self.family.latent_channels, 0, INITIAL).view(count, tokens, -1)
+        caches = self._caches(len(conditions))
+        for node in range(self.config.flow.steps):
+            t, s = grid[:, node], grid[:, node + 1]
+            call = self._fill if node == 0 else self._cached
+            v = self._guided([call(c, x, t, cache) for c, cache in zip(conditions, caches, strict=True)])
+            x = x + v.float() * (s - t)[:, None, None]  # the state stays in float32
+        return x
+
+    def _caches(self, count: int) -> list:
+        """Empty ones for 2.1, none for 1.x, whose text sees the target."""
+        if self.setting.family != "qwen_image_21":
+            return [None] * count
+        from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+        return [QwenImage21KVCache(len(self.model.transformer_blocks)) for _ in range(count)]
+
+    def _cached(self, condition: Condition, x, t, cache) -> torch.Tensor:
+        return self.velocity(condition, x, t, **(dict(kv_cache=cache, kv_cache_mode="cached") if cache else {}))
+
+    def _fill(self, condition: Condition, x, t, cache) -> torch.Tensor:
+        """The first step, which fills the cache: by every sample for `peers`, by the first one for all of them else."""
+        if cache is None:
+            return self.velocity(condition, x, t)
+        filled = x[:1] if self.kind == "same" else x
+        v = self.velocity(condition, filled, t[: len(filled)], kv_cache=cache, kv_cache_mode="extract")
+        if len(filled) == len(x):
+            return v
+        _spread(cache, len(x) - 1)
+        v = torch.cat([v, self._cached(condition, x[1:], t[1:], cache)])
+        _spread(cache, len(x))
+        return v
+
+    def lay_out(self, exp: Experience, size: int) -> None:
+        """The update's batches of at most `size` pairs of one prompt; `peers`: of one node of each sample."""
+        group, everyone, nodes = self.setting.group, prompts(self.setting), range(self.setting.nodes)
+        weight, self.parts = 1.0 / (self.setting.images * self.setting.nodes), []
+        for place, (prompt, _) in enumerate(everyone):
+            samples = range(place * group, (place + 1) * group)
+            runs = (
+                [[(i, j) for i in samples] for j in nodes]
+                if self.kind == "peers"
+                else [[(i, j) for i in samples for j in nodes]]
+            )
+            for run in runs:
+                pairs = [Pair(i, exp.nodes[i][j], 0, *self.setting.grid) for i, j in run]
+                conditions = self.conditions(prompt)
+                layout = Layout(conditions[:1], pairs, [], 1, True, conditions[1:] if self.kind == "peers" else ())
+                for first in range(0, len(pairs), size):
+                    members = list(range(first, min(first + size, len(pairs))))
+                    batch = make_batch(exp, layout, members, self.config, weight, live=True)
+                    self.parts.append((conditions if batch.guided else conditions[:1], batch))
+
+    def _objective(self, conditions: Sequence[Condition], batch: Batch) -> torch.Tensor:
+        """The velocity that the objective compares, [N, C]."""
+        x = batch.x.view(len(batch.lengths), self.setting.tokens, -1)
+        return self._guided([self.velocity(c, x, batch.t) for c in conditions]).flatten(0, 1)
+
+    def backward(self) -> None:
+        """Adds the gradients of all batches."""
+        if self.kind == "peers":
+            with torch.no_grad():
+                for conditions, batch in self.parts:
+                    batch.v_old = self._objective(conditions, batch)
+        for conditions, batch in self.parts:
+            loss_and_stats(self._objective(conditions, batch), batch, self.config)[0].backward()
+
+    def update(self) -> None:
+        self.backward()
+        self.optimizer.step(self.number)
+
+    def settle(self, most_bytes: float) -> dict:
+        """Lays the update out in the fastest batch size, with checkpointing or without, that takes no more memory.
+
+        On a CPU, which counts none: at most the setting's micro, checkpointing as the setting has it. Raises UserError where
+        nothing fits.
+        """
+        exp = experience(self.setting, self.config, self.family, self.device, 0)
+        on_cpu, asked = self.device != "cuda", self.setting.checkpointing != "none"
+        found: dict[tuple[int, bool], float] = {}
+        for recompute in [asked] if on_cpu else [True] if self.kind == "peers" else [False, True]:
+            self.checkpoint(recompute)
+            for size in (b for b in BATCHES if b <= (self.setting.micro if on_cpu else self.setting.group)):
+                try:
+                    seconds, peak = self._try(exp, size)
+                except torch.OutOfMemoryError:
+                    break
+                finally:
+                    self.optimizer.adam.zero_grad(set_to_none=True)
+                    release()
+                if peak > most_bytes:
+                    break
+                found[size, recompute] = seconds / size
+        if not found:
+            raise UserError(f"not one pair fits the {most_bytes / 2**30:.1f} GiB that qirl's update takes")
+        size, recompute = min(found, key=found.get)
+        self.checkpoint(recompute)
+        self.lay_out(exp, size)
+        return {"batch": size, "checkpointing": "block" if recompute else "none"}
+
+    def _try(self, exp: Experience, size: int) -> tuple[float, int]:
+        """Seconds and peak bytes of one batch of the update; the first of two runs is not counted."""
+        self.lay_out(exp, size)
+        self.parts = self.parts[:1]
+        for _ in range(2):
+            finish(self.device)
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begun = time.perf_counter()
+            self.backward()
+            finish(self.device)
+        return time.perf_counter() - begun, torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        self.model = self.optimizer = None
+        self.parts = []
+        release()
+
+    def checkpoint(self, on: bool) -> None:
+        (self.model.enable_gradient_checkpointing if on else self.model.disable_gradient_checkpointing)()
 
 
-def time_update(exact, timed, references: int, side: int, device: str, repetitions: int) -> dict:
-    error = check_update(exact, Case(references, device=device))
-    row = bench_update(timed, Case(references, side, device=device), repetitions) | {"gradient_error": error}
-    print(
-        "update   R={references}  {ratio:5.2f}x  (diffusers in batches of {diffusers_batch})".format(**row), flush=True
-    )
-    return row
+def _spread(cache, count: int) -> None:
+    """One sample's keys and values, for `count` samples."""
+    for layer in cache.layer_caches:
+        layer.store(*(part[:1].expand(count, -1, -1, -1) for part in layer.get()))
 
 
-def time_rollout(exact, timed, references: int, side: int, device: str, repetitions: int) -> dict:
-    error = check_rollout(exact, Case(references, pairs=8, device=device), 10)
-    row = bench_rollout(timed, Case(references, side, pairs=8, device=device), 10, repetitions)
-    print(
-        "rollout  R={references}  {ratio:5.2f}x  (filling its cache per sample: {ratio_batch:.2f}x)".format(**row),
-        flush=True,
-    )
-    return row | {"latents_error": error}
+def _module(setting: Setting, config: TrainConfig, architecture):
+    """diffusers' module, with adapters, on the meta device."""
+    import diffusers
+
+    with torch.device("meta"):
+        model = getattr(diffusers, CLASSES[setting.family])(**dataclasses.asdict(architecture))
+        lora = config.model.lora
+        if lora.rank:
+            from peft import LoraConfig
+
+            pattern = target_pattern(lora.targets)
+            model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern))
+    return model
 
 
-TIMED = {"update": time_update, "rollout": time_rollout}
+def _place_tables(model, family: str, architecture, device: str) -> None:
+    """Tables of positions and times are no weights: they are computed again, since the meta device has no values."""
+    axes = dict(theta=10000, axes_dim=list(architecture.axes_dims_rope))
+    if family == "qwen_image_21":
+        from diffusers.models.transformers import transformer_qwenimage21 as own
+
+        model.pos_embed = own.QwenImage21Rope(**axes)
+        model.time_text_embed.time_proj = own.QwenImage21TemporalTimesteps(timestep_dim=256).to(device)
+    else:
+        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+        model.pos_embed = QwenEmbedRope(**axes, scale_rope=True)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def experience(
+    setting: Setting, config: TrainConfig, family: Drawn, device: str, iteration: int, states: bool = True
+) -> Experience:
+    """What a rollout leaves for the update, but for latents and transitions, which are noise (states=False: none)."""
+    everyone, group = prompts(setting), setting.group
+    targets = targets_of(family, [p for p, _ in everyone], group)
+    ids = [p.id for p, _ in everyone for _ in range(group)]
+    draws = stream(config.run.seed, ids, list(range(group)) * len(everyone), iteration, device)
+    grid = grids(targets, config.flow, device)
+    nodes = draw_nodes(draws, grid, config.policy.timesteps, last_step=config.policy.loss == "nft")
+    count = len(targets)
+    generator = torch.Generator(device if device == "cuda" else "cpu").manual_seed(iteration)
+    gauss = lambda: torch.randn(  # noqa: E731
+        setting.tokens, family.latent_channels, generator=generator, device=generator.device
+    ).to(device)
+    x0, kept = [], {}
+    if states and config.policy.loss == "nft":
+        x0 = [gauss() for _ in range(count)]
+    elif states:
+        kept = {(i, node): Kept(gauss(), gauss(), gauss()) for i in range(count) for node in nodes[i]}
+    valid, advantage = torch.ones(count, dtype=torch.bool), torch.linspace(-1, 1, count)
+    conditions = [family.condition(p) for p, _ in everyone]
+    return Experience(conditions, [], targets, draws, grid, nodes, x0, kept, torch.arange(count), advantage, valid)
+
+
+@dataclass
+class Agreement:
+    """Largest relative errors (norm) against qirl: of any parameter's gradient, and of finished latents."""
+
+    gradients: float
+    latents: float
+
+
+def agreement(setting: Setting, kind: str, device: str) -> Agreement:
+    """A baseline against qirl on a small float32 model with the setting's family, references, guidance and LoRA.
+
+    Raises AssertionError where they differ by more than AGREE.
+    """
+    small = dict(SMALL, references=min(2, setting.references), lora=min(4, setting.lora))
+    tiny = own_setting(dataclasses.replace(setting, **small), kind)
+    with Step(tiny, device) as ours:
+        with torch.no_grad():  # norms and adapters away from their trivial start
+            for parameter in ours.model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        exp = ours.rollout()
+        theirs = Baseline(tiny, kind, device, state=ours.model.state_dict())
+        steps = [pair for part in prepare(ours.trainer, exp, ours.slots) for pair in part]
+        for layout, batches in steps:
+            accumulate(ours.model, layout, batches, ours.config)
+        theirs.lay_out(exp, 2)
+        theirs.backward()
+        reference = dict(theirs.model.named_parameters())
+        trained = [(p, reference[name]) for name, p in ours.model.named_parameters() if p.requires_grad]
+        gradients = max(_error(*(torch.zeros_like(p) if p.grad is None else p.grad for p in pair)) for pair in trained)
+        ode = dataclasses.replace(tiny, overrides=())
+    with Step(ode, device) as ours:
+        ours.model.load_state_dict(theirs.model.state_dict())
+        expected = torch.stack(list(ours.rollout().x0))
+        latents = _error(theirs.rollout(), expected)
+    found = Agreement(gradients, latents)
+    for name, value in dataclasses.asdict(found).items():
+        assert value <= AGREE, f"{name} differ by {value:.1e} from qirl's"
+    return found
+
+
+def _error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value - reference).norm() / reference.norm().clamp_min(1e-30)).item()

@@ -163,21 +163,25 @@ def _value(name: str, kind: str, text: str):
 
 
 def random_model(architecture: Config, config: TrainConfig, device, dtype: torch.dtype) -> Transformer:
-    """A transformer with random weights in `dtype`, made on the device tensor by tensor, as the run would equip it.
-
-    Norms are 1, biases 0; in a block, products keep the size of their input.
-    """
+    """A transformer with random weights in `dtype`, made on the device tensor by tensor, as the run would equip it."""
     with torch.device("meta"):
         model = new_model(architecture).to(dtype)
         if config.model.base in LARGEST:
             quantise(model, config.model.base)
     model = model.to_empty(device=device)
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(config.run.seed)
+    draw_weights(model, config.run.seed)
+    return equip(model, config)
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Random values for all weights, where they lie. Norms are 1, biases 0; products keep the size of their input."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 _draw(module, name, weight)
-    return equip(model, config)
 
 
 def _draw(module: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
@@ -200,6 +204,7 @@ class Drawn:
         self.setting, self.architecture, self.dtype, self.seed = setting, architecture, dtype, seed
         self.name, self.shared = setting.family, setting.family == "qwen_image_21"
         self.channels, self.pixels, self.rescale = architecture.in_channels, PIXELS, not self.shared
+        self.latent_channels = architecture.latent_channels
         self.condition = lru_cache(None)(lambda prompt: self._draw(prompt.id, setting.text))
         self.negative = lru_cache(None)(lambda prompt: self._draw(prompt.id, min(NEGATIVE, setting.text)))
 

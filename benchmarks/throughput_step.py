@@ -27,12 +27,15 @@ from qirl.errors import UserError
 from qirl.families import targets_of
 from qirl.flow.rollout import with_negatives
 from qirl.packing import Target, cut, pack
+from qirl.parallel.data import gathered
 from qirl.policy.packs import Pair, lay_out
 from qirl.policy.trainer import Trainer, sample, update
 from qirl.policy.update import Experience
 
 PEAKS = {"H100": (989e12, 67e12), "H200": (989e12, 67e12), "A100": (312e12, 19.5e12)}  # 16 bits, float32
 GIB = 2**30
+CORE = ("rollout", "update")  # the phases that a step consists of
+FORWARD = 8  # images of the forward that is measured beside them
 
 
 def peak_of(gpu: str | None, dtype: str) -> float | None:
@@ -47,25 +50,20 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of one large product on this machine, what any model here can hope for."""
     side = 8192 if device == "cuda" else 512
     x = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / statistics.median(seconds_of(lambda: x @ x, device, 10))
-
-
-def seconds_of(run: Callable[[], object], device: str, times: int) -> list[float]:
-    """Wall time of each run but a first one, until the device is done."""
-    spent = []
-    for repetition in range(times + 1):
-        finish(device)
-        begun = time.perf_counter()
-        run()
-        finish(device)
-        if repetition:
-            spent.append(time.perf_counter() - begun)
-    return spent
+    spent, _ = timed({"product": lambda: x @ x}, device, 10)
+    return 2 * side**3 / statistics.median(spent["product"])
 
 
 def finish(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def release() -> None:
+    """Gives memory that nothing holds any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -111,9 +109,7 @@ class Step:
         self.folder.cleanup()
         for name in ("engine", "model", "trainer", "experience", "family"):
             setattr(self, name, None)
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        release()
 
     # phases
 
@@ -131,7 +127,23 @@ class Step:
         """Objective, backward and optimizer step on the images of the last rollout."""
         return update(self.trainer, self.experience, self.slots, self.number)
 
+    def forward(self) -> Phase:
+        """One pass without gradient over a pack of a prompt with FORWARD images: the transformer alone."""
+        count, (prompt, _) = min(FORWARD, self.setting.group), prompts(self.setting)[0]
+        conditions, targets = [self.family.condition(prompt)], [Target(0, *self.setting.grid)] * count
+        body, device = pack(conditions, targets, device=self.engine.ranks.device), self.engine.ranks.device
+        x = torch.randn(body.target_tokens, self.architecture.in_channels).to(device)
+        t = torch.linspace(0.1, 0.9, count).to(device)
+
+        @torch.no_grad()
+        def run():
+            with gathered(self.model):
+                self.model(body, x, t)
+
+        return Phase(run, forward_flops(self.architecture, body), body.tokens)
+
     def phases(self) -> dict[str, Phase]:
+        """Those of a step, in their order."""
         shape = self.setting, self.config, self.family
         rollout, update = rollout_cost(*shape), update_cost(*shape, self.model)
         return {"rollout": Phase(self.rollout, *rollout), "update": Phase(self.update, *update)}
@@ -185,52 +197,67 @@ def step_flops(setting: Setting) -> int:
     return sum(flops.as_dict()["total"] for flops, _ in costs)
 
 
-def measure(setting: Setting, device: str, repetitions: int, peak: float | None) -> dict:
-    """The row of a setting, measured; see the module's docstring. Raises UserError for what it cannot be run with."""
+def measure(setting: Setting, device: str, repetitions: int, peak: float | None, look: Callable | None = None) -> dict:
+    """The row of a setting, measured; see the module's docstring. look(step, phases, medians): adds to it while all is open.
+
+    Raises UserError for what the setting cannot be run with.
+    """
     begun = time.perf_counter()
     with Step(setting, device) as step:
         built = time.perf_counter() - begun
-        phases = step.phases()
-        spent: dict[str, list[float]] = {name: [] for name in phases}
-        memory = dict.fromkeys(phases, 0)
-        for repetition in range(repetitions + 1):
-            for name, phase in phases.items():
-                seconds, bytes_ = _once(phase.run, device)
-                memory[name] = max(memory[name], bytes_)
-                if repetition:
-                    spent[name].append(seconds)
-        parameters = [p.numel() for p in step.model.parameters()]
+        phases = step.phases() | {"forward": step.forward()}
+        spent, memory = timed({name: phase.run for name, phase in phases.items()}, device, repetitions)
         trained = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
-    return {"build_s": built, "parameters": sum(parameters), "trained_parameters": trained} | numbers(
-        setting, phases, spent, memory, peak
-    )
+        row = {
+            "build_s": built, "clock": clock(device).__name__, "parameters": sum(p.numel() for p in step.model.parameters()),
+            "trained_parameters": trained,
+        }  # fmt: skip
+        row |= numbers(setting, phases, spent, memory, peak)
+        if look:
+            row |= look(step, phases, row["median_s"])
+    return row
 
 
-def _once(run: Callable[[], object], device: str) -> tuple[float, int]:
-    """Seconds of one run, and the most bytes that were allocated in it."""
-    finish(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    run()
-    finish(device)
-    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() if device == "cuda" else 0
+def clock(device: str) -> Callable[[], float]:
+    """Wall time; with one thread of a CPU the process's own time, which others on the machine disturb least."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def timed(runs: dict[str, Callable], device: str, repetitions: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every run, by turns so that what disturbs one disturbs all, and the most bytes that each allocated.
+
+    The first round is not counted.
+    """
+    now, spent, memory = clock(device), {name: [] for name in runs}, dict.fromkeys(runs, 0)
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            finish(device)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begun = now()
+            run()
+            finish(device)
+            if repetition:
+                spent[name].append(now() - begun)
+            if device == "cuda":
+                memory[name] = max(memory[name], torch.cuda.max_memory_allocated())
+    return spent, memory
 
 
 def numbers(setting: Setting, phases: dict[str, Phase], spent: dict, memory: dict, peak: float | None) -> dict:
     """What a row says of measured seconds (a list a phase) and bytes."""
     middle = {name: statistics.median(own) for name, own in spent.items()}
-    core = middle["rollout"] + middle["update"]
-    rate = {name: phases[name].flops.as_dict()["total"] / middle[name] for name in ("rollout", "update")}
+    core = {name: middle[name] for name in CORE}
+    rate = {name: phase.flops.as_dict()["total"] / middle[name] for name, phase in phases.items()}
     return {
-        "images_per_s": setting.images / core,
-        "images_per_s_whole": setting.images / sum(middle.values()),
-        "tokens_per_s": sum(p.tokens for p in phases.values()) / core,
+        "images_per_s": setting.images / sum(core.values()),
+        "tokens_per_s": sum(phases[name].tokens for name in CORE) / sum(core.values()),
         "pairs_per_s": setting.images * setting.nodes / middle["update"],
         "tflops": {name: value / 1e12 for name, value in rate.items()},
         "mfu": {name: value / peak for name, value in rate.items()} if peak else None,
-        "share": {name: value / sum(middle.values()) for name, value in middle.items()},
+        "share": {name: value / sum(core.values()) for name, value in core.items()},
         "peak_gib": {name: value / GIB for name, value in memory.items()} if any(memory.values()) else None,
+        "median_s": middle,
         "seconds": spent,
     }
 

@@ -3,6 +3,7 @@
 Prints one JSON object a line: the check's name and its problem, null where there is none.
 """
 
+import dataclasses
 import json
 import sys
 import traceback
@@ -26,7 +27,8 @@ from qirl.pretraining import pretrain
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kernel_times  # noqa: E402
-import throughput_baselines as throughput  # noqa: E402
+import throughput  # noqa: E402
+import throughput_baselines  # noqa: E402
 from kernel_ops import Model, gradients  # noqa: E402
 
 SHAPES = (Model("2.1", 64, 4), Model("1.x", 48, 3, shifted=True, bounded=False))
@@ -88,11 +90,14 @@ def advantages(convention: str, device) -> None:
 
 def against_diffusers(device) -> None:
     """What is timed on a GPU, but for the backward of diffusers' attention, which the simulated device does not have."""
-    models = throughput.make_models(device, num_layers=1)
-    case = throughput.Case(1, side=4, text=5, pairs=4, micro=2, device=str(device))
-    throughput.check_rollout(models, case, 2)
-    throughput.our_update(models[1], case, case.draw(models[1]))
-    assert all(isinstance(p.grad, OnDevice) for p in models[1].parameters())
+    engine.start = lambda always_mesh=False: Ranks(device=torch.device(device))
+    setting = dataclasses.replace(throughput.HEADLINE, references=1, **throughput_baselines.SMALL, lora=2)
+    with throughput.Step(setting, str(device)) as ours:
+        theirs = throughput_baselines.Baseline(setting, "same", str(device), ours.model.state_dict())
+        expected, found = torch.stack([x.cpu() for x in ours.rollout().x0]), theirs.rollout().cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert ours.update()["valid_pairs"] == setting.images * setting.nodes
+        assert all(isinstance(p, OnDevice) for p in ours.model.parameters())
 
 
 def run(name: str, start, device, out: Path) -> None:

@@ -17,6 +17,7 @@ import kernel_checks  # noqa: E402
 import kernel_ops  # noqa: E402
 import kernel_report as report  # noqa: E402
 import kernel_times as benchmark  # noqa: E402
+import throughput  # noqa: E402
 
 TOKENS = 24  # three for each row of modulation
 SMALL = [kernel_ops.Model("small 2.1", 64, 4), kernel_ops.Model("small 1.x", 48, 3, shifted=True, bounded=False)]
@@ -241,6 +242,18 @@ def test_the_suite_reports_every_step_and_fails_with_one_that_fails(tmp_path, mo
     assert "good: done" in shown and "bad: FAILED (3)" in shown and "after: done" in shown
     assert '"exit_code": 3' in (tmp_path / "suite.json").read_text()
     assert (tmp_path / "suite.log").read_text().split() == ["==", "good", "==", "bad", "==", "after"]
+
+
+def test_every_throughput_step_ends_in_time_and_together_they_have_every_setting(tmp_path):
+    """What argparse makes of the commands, and the settings that they name."""
+    seen = set()
+    for name, command in gpu_suite.steps(tmp_path).items():
+        if name.startswith("throughput"):
+            args = throughput.parser().parse_intermixed_args(command[2:])
+            assert args.seconds < gpu_suite.LIMIT and args.out == tmp_path / f"{name}.json"
+            throughput.kinds_of(args.baselines)
+            seen |= {setting.name for setting in throughput.chosen(args.words, cpu=False)}
+    assert seen == {setting.name for setting in throughput.SETTINGS}
 
 
 def test_a_step_that_takes_too_long_is_ended_with_what_it_started(tmp_path, monkeypatch):
