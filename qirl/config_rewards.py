@@ -1,4 +1,4 @@
-"""`rewards:` of a config: {name: options}, each of a kind. The options of every kind, light to import."""
+"""`rewards:` of a config: {name: options}, each of a kind; and what `qirl reward` has besides. Light to import."""
 
 from __future__ import annotations
 
@@ -95,3 +95,45 @@ class ServerOptions(Remote, Ranged):
 
 
 RewardOptions = Annotated[Union[(JudgeOptions, PythonOptions, ServerOptions, *PARTS)], Field(discriminator="kind")]
+
+
+class Serve(Section):
+    host: str = option("127.0.0.1", "address to listen on; another than loopback needs a token")
+    port: int = option(8100, "port to listen on; 0: any free one", ge=0, le=65535)
+    token_variable: str | None = option(None, "environment variable that holds the bearer token of clients")
+    batch: int = option(32, "samples that rewards score at a time, of any requests", ge=1)
+    wait: float = option(0.005, "seconds that a batch waits for more samples", ge=0, le=10)
+    queue: int = option(2048, "samples that may wait; a request beyond that is told to come again (429)", ge=1)
+    timeout: float = option(300.0, "seconds that a reward may take for a batch; then its components fail", gt=0)
+    max_body: int = option(256 * 2**20, "bytes of a request", ge=1024)
+    max_images: int = option(256, "images of a request, sources included", ge=1)
+    max_pixels: int = option(2**24, "pixels of an image", ge=256)
+
+
+class Judge(Section):
+    path: str | None = option(None, "Qwen2.5-VL or Qwen3-VL model folder to start from")
+    records: str | None = option(None, ".jsonl file of rated images: images, rubric, prompt or instruction, score, ...")
+    max_missing: float = option(
+        0.0, "largest share of records whose images are missing or none; those are left out", ge=0, le=1
+    )
+    omit: tuple[str, ...] = option((), "optional lines of the rubrics to leave out, such as attractiveness")
+    loss: Literal["pointwise", "soft", "pairwise"] = option(
+        "pointwise",
+        "squared error of the expected score, KL to the raters' distribution, or Bradley-Terry inside a prompt (the baseline)",
+    )
+    language: float = option(
+        0.2, "weight of the reasoning's cross-entropy, with the probability that a digit comes at all", ge=0
+    )
+    batch: int = option(32, "records per step, over all ranks", ge=1)
+    per_prompt: int = option(2, "of them so many of one prompt, where it has them: what pairwise compares", ge=1)
+    micro: int = option(8, "records of one forward pass, rounded down to whole prompts", ge=1)
+    pixels: int = option(262_144, "an image of more pixels is scaled down to this many", ge=256)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; bfloat16 keeps float32 weights beside")
+    vision: bool = option(True, "train the image encoder too (without LoRA)")
+    rank: int = option(0, "LoRA rank on the language part; 0 trains all parameters", ge=0)
+    alpha: float = option(16.0, "LoRA scale is alpha / rank", gt=0)
+    mode: Literal["expected_direct", "expected_cot"] = option(
+        "expected_direct", "how validation reads scores; expected_cot lets the judge reason first, which takes long"
+    )
+    chains: int = option(1, "chains of reasoning per image of validation (expected_cot)", ge=1)
+    validate_every: int = option(0, "steps between validations; the end always has one; 0: the end alone", ge=0)

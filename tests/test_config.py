@@ -3,6 +3,7 @@ import yaml
 
 from qirl.config import KINDS, describe, load, to_dict
 from qirl.errors import UserError
+from qirl.evaluation.compare import config_of
 from qirl.paths import configs, find_config
 
 RL = {"model": {"path": "base"}}
@@ -76,10 +77,27 @@ def test_a_wrong_value_is_refused_and_named(override):
         (["policy.minibatches=3"], "use 6 prompts"),
         (["model.architecture.layers=2"], "remove one of the two"),
         (["model.path=null"], "name a model folder"),
+        (["model.revision=v2"], "write model.path=hf://OWNER/NAME, or remove model.revision"),
+        (["model.path=null", "model.revision=v2"], "model.path=null is none; write model.path=hf://"),
+        (["model.path=hf://a/b@v1", "model.revision=v2"], "name two revisions; remove one of the two"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_with_the_fix(overrides, fix):
     assert fix in refusal("train", RL, *overrides)
+
+
+@pytest.mark.parametrize("path", ["hf://a/b", "hf://a/b@2024"])
+def test_a_revision_is_the_one_that_is_looked_up_and_stays_so_in_the_config_as_resolved(path):
+    config = load("train", None, [f"model.path={path}", "model.revision=2024"])
+    assert (config.model.path, config.model.revision) == ("hf://a/b@2024", "2024")
+    assert load("train", to_dict(config)) == config
+    assert "put it in quotes" in refusal("train", {"model": {"path": path, "revision": 2024}})
+
+
+def test_models_that_are_compared_have_revisions_of_their_own():
+    models = {"new": "runs/new", "old": "hf://a/b@v1"}
+    config = load("evaluate", {"model": {"path": "hf://a/b", "revision": "v2"}, "evaluation": {"models": models}})
+    assert {name: config_of(config, name).model.path for name in models} == models
 
 
 def test_contradictions_of_the_other_commands():
