@@ -89,6 +89,10 @@ class World(Section):
     categories: str | None = option(
         None, "YAML file of categories and the patterns of their prompts, for prompts that name no category"
     )
+    decoder: Literal["pil", "dali", "auto"] = option(
+        "pil",
+        "what decodes many images at once: Pillow, or for JPEG DALI (auto: where it is installed); the pixels are the same",
+    )
     max_bad: float = option(0.0, "share of the prompt file's lines that may be left out as unusable", ge=0, lt=1)
     negative: str = option(" ", "prompt of the unconditional twin under guidance")
 

@@ -24,6 +24,6 @@ def make_world(options: Options, model: Model | None = None) -> World:
     own = (
         DigitSet(options.task, family.check)
         if options.name == "digits"
-        else PromptFile(options.task, family, options.max_bad, options.categories)
+        else PromptFile(options.task, family, options.max_bad, options.categories, options.decoder)
     )
     return World(family, own)

@@ -226,8 +226,9 @@ class PipelineFamily:
         raise NotImplementedError
 
     def sketch(self, prompt: Prompt, negative: bool = False) -> Condition:
+        blank = [np.zeros((*size, 3), np.uint8) for size in prompt.source_sizes]
         with self._sketches():
-            return self.encode_condition(self.unconditional if negative else prompt.text, prompt.sources)
+            return self.encode_condition(self.unconditional if negative else prompt.text, blank)
 
     @contextlib.contextmanager
     def _sketches(self) -> Iterator[None]:
