@@ -97,6 +97,17 @@ class ServerOptions(Remote, Ranged):
 RewardOptions = Annotated[Union[(JudgeOptions, PythonOptions, ServerOptions, *PARTS)], Field(discriminator="kind")]
 
 
+class Categorise(Remote):
+    servers: tuple[str, ...] = option(
+        (), "addresses of OpenAI-compatible servers (vLLM, SGLang) that serve one model, such as http://host:8000/v1"
+    )
+    model: str | None = option(None, "the vision-language model's name on the servers")
+    categories: dict[str, str] = option({}, "categories by name: a line that says which prompts belong there")
+    other: str = option("other", "category of a prompt to which the model answers none of those names", min_length=1)
+    answer_tokens: int = option(32, "longest answer; one that is cut off is none of the names", ge=1)
+    pixels: int = option(262_144, "a source image of more pixels is scaled down to this many", ge=256)
+
+
 class Serve(Section):
     host: str = option("127.0.0.1", "address to listen on; another than loopback needs a token")
     port: int = option(8100, "port to listen on; 0: any free one", ge=0, le=65535)

@@ -10,6 +10,9 @@ RL = {"model": {"path": "base"}}
 DISTILL = {**RL, "distill": {"teachers": {"edit": {"path": "7", "task": "edit"}, "draw": {"path": "runs/t2i"}}}}
 
 
+CATEGORISE = {"categorise": {"model": "m", "servers": ["http://x"], "categories": {"a": "one", "b": "two"}}}
+
+
 def refusal(kind: str, source, *overrides: str) -> str:
     with pytest.raises(UserError) as error:
         load(kind, source, overrides)
@@ -108,6 +111,18 @@ def test_contradictions_of_the_other_commands():
     assert "such as [1, 4]" in refusal("evaluate", None, "evaluation.guidance=[-1]")
 
 
+@pytest.mark.parametrize(
+    "override, fix",
+    [
+        ("categorise.servers=[]", "name a server"), ("categorise.model=null", "categorise.model is missing"),
+        ("categorise.categories={a: one}", "give two or more"), ("categorise.categories.c=''", "'c' needs a name and a description"),
+        ("categorise.other=''", "categorise.other"),
+    ],
+)  # fmt: skip
+def test_a_list_of_categories_is_whole(override, fix):
+    assert fix in refusal("categorise", CATEGORISE, override)
+
+
 def test_options_of_named_entries_are_checked_like_any_other():
     config = load("distill", DISTILL, ["distill.teachers.7.path=2024", "distill.teachers.7.guidance=4e0"])
     assert (config.distill.teachers["7"].path, config.distill.teachers["7"].guidance) == ("2024", 4.0)
@@ -182,9 +197,12 @@ def test_the_resolved_config_reads_back_as_itself(kind, tmp_path):
     judge = {"judge": {"path": "base", "records": "rated.jsonl"}}
     config = load(
         kind,
-        {"distill": DISTILL, "reward": judge, "serve": {"rewards": {"j": {"kind": "judge", "model": "m"}}}}.get(
-            kind, RL
-        ),
+        {
+            "distill": DISTILL,
+            "reward": judge,
+            "categorise": CATEGORISE,
+            "serve": {"rewards": {"j": {"kind": "judge", "model": "m"}}},
+        }.get(kind, RL),
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load(kind, tmp_path / "c.yaml") == config
