@@ -98,7 +98,7 @@ setup(
         ],
         "flash": ["flash-attn"],
         "te": ["transformer-engine[pytorch]"],
-        "dali": ["nvidia-dali-cuda130"],
+        "dali": ["nvidia-dali-cuda130>=2.4,<3"],
         "benchmarks": ["diffusers>=0.42", "liger-kernel"],
         "test": TEST,
     },

@@ -30,7 +30,7 @@ from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config  # noqa: E4
 from qirl.models.weight_files import NAME  # noqa: E402
 from qirl.models.weights import save_config  # noqa: E402
 from qirl.paths import configs  # noqa: E402
-from qirl.plan import plan  # noqa: E402
+from qirl.plan import PHASES, plan  # noqa: E402
 
 OTHERS = ("distill", "curate", "sft")  # of other commands than train
 PROMPT = (
@@ -111,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     every = sorted(f"{p.parent.name}/{p.stem}" for p in configs().glob("qwen_image*/*.yaml") if p.stem not in OTHERS)
     rows = [
-        "| recipe | trained | weights | gradients and optimizer | activations | per GPU |",
-        "|---|---|---|---|---|---|",
+        "| recipe | trained | weights | gradients and optimizer | activations | or decoding an image | per GPU |",
+        "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name in options.recipes or every:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             training = (memory["gradients"] + memory["optimizer"]) / gib
             rows.append(
                 f"| {name} | {found['parameters']['trainable'] / 1e6:,.0f} M | {weights:.1f} GiB | {training:.1f} GiB | "
-                f"{memory['activations'] / gib:.1f} GiB | {memory['total'] / gib:.1f} GiB |"
+                f"{memory['activations'] / gib:.1f} GiB | {memory[PHASES[2]] / gib:.1f} GiB | {memory['total'] / gib:.1f} GiB |"
             )
             print(rows[-1], flush=True)
     if options.out:

@@ -1,12 +1,23 @@
 """qirl: reinforcement learning and on-policy distillation for image diffusion transformers.
 
-`qirl.pretrain`, `curate`, `calibrate`, `train`, `distill`, `evaluate`, `sample`, `train_judge` and `load_config` are loaded
-when they are first used, so that `import qirl` and `qirl --help` need no torch.
+`qirl.pretrain`, `categorise`, `curate`, `calibrate`, `train`, `distill`, `evaluate`, `sample`, `train_judge` and `load_config`
+are loaded when they are first used, so that `import qirl` and `qirl --help` need no torch.
 """
 
 __version__ = "0.1.0"
 
-_API = ("calibrate", "curate", "distill", "evaluate", "load_config", "pretrain", "sample", "train", "train_judge")
+_API = (
+    "calibrate",
+    "categorise",
+    "curate",
+    "distill",
+    "evaluate",
+    "load_config",
+    "pretrain",
+    "sample",
+    "train",
+    "train_judge",
+)
 
 __all__ = ["__version__", *_API]
 

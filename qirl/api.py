@@ -66,6 +66,15 @@ def train_judge(config: Source, quiet: bool = False, **overrides: Any) -> Path:
     return run(load_config("reward", config, **overrides), quiet).folder.path / "model"
 
 
+def categorise(
+    config: Source, prompts: str | Path, out: str | Path | None = None, quiet: bool = False, **overrides: Any
+) -> Path:
+    """Writes a prompt file in which a vision-language model has named the categories; returns it. See `qirl categorise`."""
+    from qirl.curation.categorise import categorise as run
+
+    return run(load_config("categorise", config, **overrides), prompts, out, quiet)
+
+
 def curate(config: Source, rewards: Sequence[Reward] = (), quiet: bool = False, **overrides: Any) -> Path:
     """Probes the candidate prompts and keeps those that teach; returns the prompt file. See `qirl curate`.
 

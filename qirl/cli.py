@@ -1,4 +1,4 @@
-"""The command line: `qirl quickstart | pretrain | reward | curate | calibrate | train | distill | evaluate | sample | ...`.
+"""The command line: `qirl quickstart | pretrain | reward | categorise | curate | calibrate | train | distill | evaluate | ...`.
 
 What a user can mend is one line on standard error and exit code 2; other exceptions keep their traceback. Works the
 same under torchrun, where only rank 0 speaks. Nothing heavy is imported before a command needs it.
@@ -79,6 +79,23 @@ def quickstart(
 def pretrain(config: Config, overrides: Overrides = None, dry_run: DryRun = False, out: Out = None) -> None:
     """Train a base model by flow matching."""
     _run("pretrain", config, overrides, dry_run, out)
+
+
+@app.command(cls=WithOptions)
+def categorise(
+    config: Config,
+    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="prompt file (.txt or .jsonl)")],
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option(help="new prompt file (.jsonl); default: beside PROMPTS")] = None,
+) -> None:
+    """Let a vision-language model name the category of every prompt that has none."""
+    with told(resumes=True):
+        from qirl.api import categorise as run
+        from qirl.tables import print_categories
+
+        path = run(load_config("categorise", config, overrides), prompts, out)
+        print_categories(path)
+        say(f"prompts: {path}\nnext:  qirl train CONFIG world.prompts={path}")
 
 
 @app.command(cls=WithOptions)
@@ -206,7 +223,9 @@ def export(
 
 @app.command()
 def options(
-    command: Annotated[str, typer.Argument(help="pretrain, curate, calibrate, train, distill, evaluate or reward")],
+    command: Annotated[
+        str, typer.Argument(help="pretrain, categorise, curate, calibrate, train, distill, evaluate or reward")
+    ],
     section: Annotated[str | None, typer.Argument(help="one section, such as policy or policy.nft")] = None,
 ) -> None:
     """List the options of a command's config: name, type, default, meaning."""

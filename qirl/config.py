@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from qirl import config_file
-from qirl.config_rewards import RewardOptions, Serve
+from qirl.config_rewards import Categorise, Judge, RewardOptions, Serve
 from qirl.config_sections import (
     Advantage,
     Architecture,
@@ -26,7 +26,6 @@ from qirl.config_sections import (
     Evaluation,
     Flow,
     Guidance,
-    Judge,
     Model,
     Optimizer,
     Policy,
@@ -360,6 +359,26 @@ class RewardConfig(Section):
         return self
 
 
+class CategoriseConfig(Section):
+    """`qirl categorise`: a vision-language model names the category of every prompt."""
+
+    categorise: Categorise = Categorise()
+
+    @model_validator(mode="after")
+    def _can_ask(self):
+        c = self.categorise
+        require(len(c.servers) > 0, "categorise.servers is empty: name a server, such as [http://127.0.0.1:8000/v1]")
+        require(c.model is not None, "categorise.model is missing: the model's name on the servers")
+        require(
+            len(c.categories) > 1,
+            f"categorise.categories has {len(c.categories)} of them; give two or more, such as people: persons are the subject",
+        )
+        for name, text in c.categories.items():
+            fine = all(part.strip() == part != "" and "\n" not in part for part in (name, text))
+            require(fine, f"categorise.categories: '{name}' needs a name and a description of one line each")
+        return self
+
+
 class ServeConfig(Section):
     """`qirl reward serve | score | check`: rewards without a training run."""
 
@@ -381,7 +400,7 @@ class ServeConfig(Section):
 KINDS = {
     "pretrain": PretrainConfig, "train": TrainConfig, "distill": DistillConfig, "evaluate": EvaluateConfig,
     "curate": CurateConfig, "calibrate": CalibrateConfig, "reward": RewardConfig,
-    "serve": ServeConfig,
+    "categorise": CategoriseConfig, "serve": ServeConfig,
 }  # fmt: skip
 
 

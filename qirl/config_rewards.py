@@ -1,4 +1,4 @@
-"""`rewards:` of a config: {name: options}, each of a kind, and how they are served. Light to import."""
+"""`rewards:` of a config: {name: options}, each of a kind, how they are served, and what `qirl reward` has besides."""
 
 from __future__ import annotations
 
@@ -98,6 +98,17 @@ class ServerOptions(Remote, Ranged):
 RewardOptions = Annotated[Union[(JudgeOptions, PythonOptions, ServerOptions, *PARTS)], Field(discriminator="kind")]
 
 
+class Categorise(Remote):
+    servers: tuple[str, ...] = option(
+        (), "addresses of OpenAI-compatible servers (vLLM, SGLang) that serve one model, such as http://host:8000/v1"
+    )
+    model: str | None = option(None, "the vision-language model's name on the servers")
+    categories: dict[str, str] = option({}, "categories by name: a line that says which prompts belong there")
+    other: str = option("other", "category of a prompt to which the model answers none of those names", min_length=1)
+    answer_tokens: int = option(32, "longest answer; one that is cut off is none of the names", ge=1)
+    pixels: int = option(262_144, "a source image of more pixels is scaled down to this many", ge=256)
+
+
 class Serve(Section):
     host: str = option("127.0.0.1", "address to listen on; another than loopback needs a token")
     port: int = option(8100, "port to listen on; 0: any free one", ge=0, le=65535)
@@ -110,3 +121,32 @@ class Serve(Section):
     max_images: int = option(256, "images of a request, sources included", ge=1)
     max_pixels: int = option(2**24, "pixels of an image", ge=256)
     device: str = option("auto", "where rewards run that name none: auto, cpu, cuda, cuda:1, ...", pattern=DEVICE)
+
+
+class Judge(Section):
+    path: str | None = option(None, "Qwen2.5-VL or Qwen3-VL model folder to start from")
+    records: str | None = option(None, ".jsonl file of rated images: images, rubric, prompt or instruction, score, ...")
+    max_missing: float = option(
+        0.0, "largest share of records whose images are missing or none; those are left out", ge=0, le=1
+    )
+    omit: tuple[str, ...] = option((), "optional lines of the rubrics to leave out, such as attractiveness")
+    loss: Literal["pointwise", "soft", "pairwise"] = option(
+        "pointwise",
+        "squared error of the expected score, KL to the raters' distribution, or Bradley-Terry inside a prompt (the baseline)",
+    )
+    language: float = option(
+        0.2, "weight of the reasoning's cross-entropy, with the probability that a digit comes at all", ge=0
+    )
+    batch: int = option(32, "records per step, over all ranks", ge=1)
+    per_prompt: int = option(2, "of them so many of one prompt, where it has them: what pairwise compares", ge=1)
+    micro: int = option(8, "records of one forward pass, rounded down to whole prompts", ge=1)
+    pixels: int = option(262_144, "an image of more pixels is scaled down to this many", ge=256)
+    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; bfloat16 keeps float32 weights beside")
+    vision: bool = option(True, "train the image encoder too (without LoRA)")
+    rank: int = option(0, "LoRA rank on the language part; 0 trains all parameters", ge=0)
+    alpha: float = option(16.0, "LoRA scale is alpha / rank", gt=0)
+    mode: Literal["expected_direct", "expected_cot"] = option(
+        "expected_direct", "how validation reads scores; expected_cot lets the judge reason first, which takes long"
+    )
+    chains: int = option(1, "chains of reasoning per image of validation (expected_cot)", ge=1)
+    validate_every: int = option(0, "steps between validations; the end always has one; 0: the end alone", ge=0)

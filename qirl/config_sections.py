@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qirl.paths import HUB
+
 
 class Section(BaseModel):
     """Types are strict: no bool is taken for a number, no number for a text."""
@@ -99,6 +101,10 @@ class World(Section):
     categories: str | None = option(
         None, "YAML file of categories and the patterns of their prompts, for prompts that name no category"
     )
+    decoder: Literal["pil", "dali", "auto"] = option(
+        "pil",
+        "what decodes many images at once: Pillow, or for JPEG DALI (auto: where it is installed); the pixels are the same",
+    )
     max_bad: float = option(0.0, "share of the prompt file's lines that may be left out as unusable", ge=0, lt=1)
     negative: str = option(" ", "prompt of the unconditional twin under guidance")
 
@@ -138,6 +144,9 @@ class Model(Section):
         None,
         "pipeline whose encoders and autoencoder go with the model; null: the one at model.path, or that it came from",
     )
+    revision: str | None = option(
+        None, "branch, tag or commit of a model.path at hf://OWNER/NAME, as @REVISION there says it too", min_length=1
+    )
     variant: str | None = option(
         None, "variant of its weight files, such as fp16; null: those without one, else the only variant in the folder"
     )
@@ -159,6 +168,27 @@ class Model(Section):
     )
     architecture: Architecture = option(Architecture(), "size of a model that starts from nothing (pretrain)")
     lora: Lora = option(Lora(), "low-rank adapters instead of all parameters")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _revision_in_the_path(cls, values):
+        """The path as hf://OWNER/NAME@REVISION: the one form that models are looked up by."""
+        path, revision = (
+            (values.get(name) for name in ("path", "revision")) if isinstance(values, dict) else (None, None)
+        )
+        if not revision or not isinstance(revision, str):
+            return values
+        require(
+            isinstance(path, str) and path.startswith(HUB),
+            f"model.revision={revision} is of a repository of the hub, model.path={path or 'null'} is none; write model.path={HUB}"
+            "OWNER/NAME, or remove model.revision",
+        )
+        name, _, own = path.partition("@")
+        require(
+            own in ("", revision),
+            f"model.path={path} and model.revision={revision} name two revisions; remove one of the two",
+        )
+        return values | {"path": f"{name}@{revision}"}
 
     @model_validator(mode="after")
     def _only_a_frozen_base_has_8_bits(self):
@@ -357,35 +387,6 @@ class Distill(Section):
     )
     anchor: float = option(0.0, "weight of the squared velocity distance to the frozen base beside the teacher", ge=0)
     micro_tokens: int = option(16384, "tokens of one pack of the student", ge=1)
-
-
-class Judge(Section):
-    path: str | None = option(None, "Qwen2.5-VL or Qwen3-VL model folder to start from")
-    records: str | None = option(None, ".jsonl file of rated images: images, rubric, prompt or instruction, score, ...")
-    max_missing: float = option(
-        0.0, "largest share of records whose images are missing or none; those are left out", ge=0, le=1
-    )
-    omit: tuple[str, ...] = option((), "optional lines of the rubrics to leave out, such as attractiveness")
-    loss: Literal["pointwise", "soft", "pairwise"] = option(
-        "pointwise",
-        "squared error of the expected score, KL to the raters' distribution, or Bradley-Terry inside a prompt (the baseline)",
-    )
-    language: float = option(
-        0.2, "weight of the reasoning's cross-entropy, with the probability that a digit comes at all", ge=0
-    )
-    batch: int = option(32, "records per step, over all ranks", ge=1)
-    per_prompt: int = option(2, "of them so many of one prompt, where it has them: what pairwise compares", ge=1)
-    micro: int = option(8, "records of one forward pass, rounded down to whole prompts", ge=1)
-    pixels: int = option(262_144, "an image of more pixels is scaled down to this many", ge=256)
-    dtype: Literal["float32", "bfloat16"] = option("float32", "compute dtype; bfloat16 keeps float32 weights beside")
-    vision: bool = option(True, "train the image encoder too (without LoRA)")
-    rank: int = option(0, "LoRA rank on the language part; 0 trains all parameters", ge=0)
-    alpha: float = option(16.0, "LoRA scale is alpha / rank", gt=0)
-    mode: Literal["expected_direct", "expected_cot"] = option(
-        "expected_direct", "how validation reads scores; expected_cot lets the judge reason first, which takes long"
-    )
-    chains: int = option(1, "chains of reasoning per image of validation (expected_cot)", ge=1)
-    validate_every: int = option(0, "steps between validations; the end always has one; 0: the end alone", ge=0)
 
 
 class Evaluation(Section):

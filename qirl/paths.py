@@ -1,10 +1,12 @@
-"""Where the files that ship with qirl lie, in a checkout and once installed."""
+"""Where the files that ship with qirl lie, in a checkout and once installed; how the hub is named."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qirl.errors import UserError, nearest
+
+HUB = "hf://"  # before OWNER/NAME of a model repository of the hub
 
 
 def configs() -> Path:

@@ -1,11 +1,12 @@
 """What a run will cost, before it starts: parameters, tokens per pack, FLOPs and memory. `--dry-run` prints it.
 
-The model is built on the meta device: no weights are read and nothing is written. Counted are the model and its
-training; rewards and the autoencoder are not.
+The models are built on the meta device: no weights are read and nothing is written. Counted are the model, its training, the
+encoders and the weights of rewards that run in this process.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,9 +43,12 @@ from qirl.models.weights import check_weights, new_model
 from qirl.packing import Target, cut, pack
 from qirl.parallel.data import run_device
 from qirl.policy.packs import Layout, Pair, lay_out
+from qirl.rewards.costs import reward_bytes
 from qirl.world import World, make_world
 
-ENCODER, PHASES = "text encoder, before all else", ("activations", "keys and values in the rollout")
+# what is there one after the other: while a run trains and draws, and before its model is loaded
+PHASES = ("activations", "keys and values in the rollout", "autoencoder on a step's images")
+BEFORE = ("text encoder, before all else", "autoencoder on sources, before all else")
 DRAWING = (EvaluateConfig, CurateConfig, CalibrateConfig)  # commands that train nothing
 
 
@@ -86,9 +90,12 @@ def plan(config: Section, world_size: int = 1) -> dict:
         CurateConfig: _probe, CalibrateConfig: _probe,
     }[type(config)]  # fmt: skip
     tokens, flops, memory = work(config, world, model, world_size)
-    memory = {**_weights_memory(config, total, trainable, frozen, world_size), **memory}
-    if encoder := world.family.encoder_bytes():
-        memory[ENCODER] = encoder
+    memory = {
+        **_weights_memory(config, total, trainable, frozen, world_size),
+        **memory,
+        **_images_memory(config, world),
+    }
+    memory |= reward_bytes(getattr(config, "rewards", {}))
     return {
         "config": to_dict(config),
         "world_size": world_size,
@@ -100,10 +107,30 @@ def plan(config: Section, world_size: int = 1) -> dict:
 
 
 def _peak(memory: dict[str, int]) -> int:
-    """Bytes at once: what stays, and the larger of rollout and update; or the text encoder, which runs before all of it."""
-    phases = [memory.get(name, 0) for name in PHASES]
-    stays = sum(size for name, size in memory.items() if not name.startswith("host") and name not in (*PHASES, ENCODER))
-    return max(stays + max(phases), memory.get(ENCODER, 0))
+    """Bytes at once: what stays, and the largest of the phases; or what runs before the model is loaded, beside the rewards."""
+    phases, before = (max(memory.get(name, 0) for name in names) for names in (PHASES, BEFORE))
+    here = {name: size for name, size in memory.items() if not name.startswith("host")}
+    rewards = sum(size for name, size in here.items() if name.startswith("reward "))
+    return max(sum(size for name, size in here.items() if name not in (*PHASES, *BEFORE)) + phases, rewards + before)
+
+
+def _has_images(config: Section) -> bool:
+    """Whether a calibration's images are drawn and scored already."""
+    return isinstance(config, CalibrateConfig) and config.calibrate.ledger is not None
+
+
+def _images_memory(config: Section, world: World) -> dict[str, int]:
+    """Bytes of the encoders of prompts, and of the autoencoder on the largest image that it decodes (pretraining: encodes)."""
+    family = world.family
+    split = "held_out" if isinstance(config, EvaluateConfig) else "train"
+    prompts = world.data.prompts(split, config.world.prompts)
+    largest = max(map(family.size, prompts), key=math.prod)
+    found = {PHASES[2]: family.autoencoder_bytes(largest, encoding=isinstance(config, PretrainConfig))}
+    found[BEFORE[0]] = family.encoder_bytes()
+    if found[PHASES[2]] and (edit := next((p for p in prompts if p.sources), None)):
+        sizes = [size for what, *size in family.condition(edit).layout if what == "image"]
+        found[BEFORE[1]] = family.autoencoder_bytes(tuple(max(sizes, key=math.prod)), encoding=True)
+    return {name: size for name, size in found.items() if size}
 
 
 def _plan_of_models(config: EvaluateConfig) -> dict:
@@ -275,8 +302,8 @@ def _evaluate(config: EvaluateConfig, world: World, model: Transformer, ranks: i
 
 
 def _probe(config: CurateConfig | CalibrateConfig, world: World, model: Transformer, ranks: int):
-    if isinstance(config, CalibrateConfig) and config.calibrate.ledger is not None:
-        return {}, {}, {}  # its images are drawn already
+    if _has_images(config):
+        return {}, {}, {}
     prompts, probe, flow = candidates(config, world), config.probe, config.flow
     found = [
         _rollout(model, world.family, [prompts[i] for i in run], probe.group, flow, flow.rollout_tokens)
@@ -372,7 +399,9 @@ def print_plan(config: Section, world_size: int = 1) -> None:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
     print("FLOPs: 2 x weights x tokens of linear layers + 4 x width x (query, key) pairs; backward counts twice.")
-    print("Activations: what autograd keeps for the largest pack. Rewards and data are not counted.")
+    print(
+        "Activations: what autograd keeps for the largest pack. Rewards count by the weights that run here; data does not."
+    )
 
 
 def _sentence(numbers: dict[str, int]) -> str:

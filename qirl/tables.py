@@ -159,6 +159,22 @@ def print_attacks(found: dict[str, dict[str, tuple[float, float]]], limit: float
     return fine
 
 
+def print_categories(path: str | Path) -> None:
+    """How many prompts of a categorised file each category has, and how many answers were none of them."""
+    from qirl.curation.categorise import ledger_of
+
+    table = Table(title="prompts by category")
+    table.add_column("category")
+    table.add_column("prompts", justify="right")
+    count = Counter(json.loads(line)["category"] for line in Path(path).read_text(encoding="utf-8").splitlines())
+    for name, number in count.most_common():
+        table.add_row(Text(name), str(number))
+    Console().print(table)
+    ledger = ledger_of(Path(path))
+    if outside := len(ledger.read_text(encoding="utf-8").splitlines()):
+        print(f"{outside} answers name no category of the list: {ledger}")
+
+
 def print_calibration(path: str | Path) -> None:
     """The weights of a calibration, a row per category and component."""
     found = json.loads(Path(path).read_text())

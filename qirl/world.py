@@ -25,6 +25,6 @@ def make_world(options: Options, model: Model | None = None, device: str = "auto
     own = (
         DigitSet(options.task, family.check)
         if options.name == "digits"
-        else PromptFile(options.task, family, options.max_bad, options.categories)
+        else PromptFile(options.task, family, options.max_bad, options.categories, options.decoder)
     )
     return World(family, own)

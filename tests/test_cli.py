@@ -20,6 +20,7 @@ from qirl.config import describe
 COMMANDS = [
     "quickstart",
     "pretrain",
+    "categorise",
     "curate",
     "calibrate",
     "train",
@@ -54,11 +55,12 @@ REWARDS = {
     }.items()
 }
 JUDGE = "path records max_missing omit loss language batch per_prompt micro pixels dtype vision rank alpha mode chains validate_every"
+CATEGORISE = f"{ASK.removesuffix(' kind')} model categories other answer_tokens pixels"
 SERVE = "host port token_variable batch wait queue timeout max_body max_images max_pixels device"
 KEYS = {
     "run": "out seed steps checkpoint_every keep samples_every monitor_prompts device threads graphs report tracker",
-    "world": "name task prompts text_dim resolution categories max_bad negative",
-    "model": "path pipeline variant dtype base checkpointing attention fp8",
+    "world": "name task prompts text_dim resolution categories decoder max_bad negative",
+    "model": "path pipeline revision variant dtype base checkpointing attention fp8",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
     "model.lora": "rank alpha targets",
     "flow": "steps guidance rescale sampler level stochastic storage rollout_tokens base_shift max_shift base_tokens "
@@ -117,6 +119,7 @@ def test_the_options_do_not_drift():
     assert [n for n, *_ in describe("calibrate")] == names(shared | PROBE | CALIBRATE)
     judge = {"run": KEYS["run"], "judge": JUDGE, "optimizer": KEYS["optimizer"]}
     assert [n for n, *_ in describe("reward")] == names(judge)
+    assert [n for n, *_ in describe("categorise")] == names({"categorise": CATEGORISE})
     assert [n for n, *_ in describe("serve")] == names(REWARDS | {"serve": SERVE})
 
 

@@ -3,10 +3,14 @@ import yaml
 
 from qirl.config import KINDS, describe, load, to_dict
 from qirl.errors import UserError
+from qirl.evaluation.compare import config_of
 from qirl.paths import configs, find_config
 
 RL = {"model": {"path": "base"}}
 DISTILL = {**RL, "distill": {"teachers": {"edit": {"path": "7", "task": "edit"}, "draw": {"path": "runs/t2i"}}}}
+
+
+CATEGORISE = {"categorise": {"model": "m", "servers": ["http://x"], "categories": {"a": "one", "b": "two"}}}
 
 
 def refusal(kind: str, source, *overrides: str) -> str:
@@ -77,10 +81,27 @@ def test_a_wrong_value_is_refused_and_named(override):
         (["optimizer.kind=adamw_8bit", "optimizer.impl=torch"], "remove one of the two"),
         (["model.architecture.layers=2"], "remove one of the two"),
         (["model.path=null"], "name a model folder"),
+        (["model.revision=v2"], "write model.path=hf://OWNER/NAME, or remove model.revision"),
+        (["model.path=null", "model.revision=v2"], "model.path=null is none; write model.path=hf://"),
+        (["model.path=hf://a/b@v1", "model.revision=v2"], "name two revisions; remove one of the two"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_with_the_fix(overrides, fix):
     assert fix in refusal("train", RL, *overrides)
+
+
+@pytest.mark.parametrize("path", ["hf://a/b", "hf://a/b@2024"])
+def test_a_revision_is_the_one_that_is_looked_up_and_stays_so_in_the_config_as_resolved(path):
+    config = load("train", None, [f"model.path={path}", "model.revision=2024"])
+    assert (config.model.path, config.model.revision) == ("hf://a/b@2024", "2024")
+    assert load("train", to_dict(config)) == config
+    assert "put it in quotes" in refusal("train", {"model": {"path": path, "revision": 2024}})
+
+
+def test_models_that_are_compared_have_revisions_of_their_own():
+    models = {"new": "runs/new", "old": "hf://a/b@v1"}
+    config = load("evaluate", {"model": {"path": "hf://a/b", "revision": "v2"}, "evaluation": {"models": models}})
+    assert {name: config_of(config, name).model.path for name in models} == models
 
 
 def test_contradictions_of_the_other_commands():
@@ -89,6 +110,18 @@ def test_contradictions_of_the_other_commands():
     assert "even" in refusal("pretrain", None, "model.architecture.head_dim=16")
     assert "such as [1, 4]" in refusal("evaluate", None, "evaluation.guidance=[]")
     assert "such as [1, 4]" in refusal("evaluate", None, "evaluation.guidance=[-1]")
+
+
+@pytest.mark.parametrize(
+    "override, fix",
+    [
+        ("categorise.servers=[]", "name a server"), ("categorise.model=null", "categorise.model is missing"),
+        ("categorise.categories={a: one}", "give two or more"), ("categorise.categories.c=''", "'c' needs a name and a description"),
+        ("categorise.other=''", "categorise.other"),
+    ],
+)  # fmt: skip
+def test_a_list_of_categories_is_whole(override, fix):
+    assert fix in refusal("categorise", CATEGORISE, override)
 
 
 def test_options_of_named_entries_are_checked_like_any_other():
@@ -165,9 +198,12 @@ def test_the_resolved_config_reads_back_as_itself(kind, tmp_path):
     judge = {"judge": {"path": "base", "records": "rated.jsonl"}}
     config = load(
         kind,
-        {"distill": DISTILL, "reward": judge, "serve": {"rewards": {"j": {"kind": "judge", "model": "m"}}}}.get(
-            kind, RL
-        ),
+        {
+            "distill": DISTILL,
+            "reward": judge,
+            "categorise": CATEGORISE,
+            "serve": {"rewards": {"j": {"kind": "judge", "model": "m"}}},
+        }.get(kind, RL),
     )
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load(kind, tmp_path / "c.yaml") == config

@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 from tiny_pipelines import pipeline
 
 import qirl
+from qirl import config as configuration
+from qirl.config_sections import World
 from qirl.errors import UserError
+from qirl.families.registry import family_of
 from qirl.run.logs import read
 
 pytestmark = pytest.mark.usefixtures("small_references")
@@ -330,5 +333,10 @@ def test_a_name_of_the_hub_is_found_in_the_local_cache_and_else_told(folders, tm
     (repository / "refs/main").write_text("abc123")
     assert local("hf://someone/tiny") == repository / "snapshots/abc123"
     assert find_model("hf://someone/tiny@main") == repository / "snapshots/abc123/transformer"
-    with pytest.raises(UserError, match="hf://someone/other is not in the local cache and cannot be fetched"):
-        local("hf://someone/other")
+    (repository / "refs/v2").write_text("def456")
+    shutil.copytree(folders(T1), repository / "snapshots/def456")
+    model = configuration.load("train", None, ["model.path=hf://someone/tiny", "model.revision=v2"]).model
+    assert family_of(World(name="prompts"), model).folder == repository / "snapshots/def456"
+    for missing in ("hf://someone/other", "hf://someone/tiny@v3"):
+        with pytest.raises(UserError, match=f"{missing} is not in the local cache and cannot be fetched"):
+            local(missing)

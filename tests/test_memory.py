@@ -1,7 +1,10 @@
 """What a run keeps in memory: activations that run again, frozen weights in their own dtype, and what --dry-run says of it."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import colours, train_config
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -9,6 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import qirl
 from qirl import plan as planning
 from qirl.costs import activation_bytes
+from qirl.data import images, prompts
 from qirl.errors import UserError
 from qirl.models.adapter_files import read_adapter
 from qirl.models.architecture import recompute
@@ -182,6 +186,39 @@ def test_a_gpu_that_is_too_small_is_told_before_loading_with_what_would_fit(
         assert not (tmp_path / "run").exists()
     planning.print_plan(config)
     assert ("too little" in capsys.readouterr().out) == bool(advice)
+
+
+def reads_of(values, room, monkeypatch) -> list[str]:
+    """The files that a run opens for its prompts, on a GPU of `room` bytes (None: without one)."""
+    reads, read_lines, opened = [], prompts.read_lines, images._opened
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "gpu_memory", lambda: room)
+        patch.setattr(prompts, "LAST", {})
+        patch.setattr(images, "_remembered", lambda file, _: images.read_image(file))  # nothing stays in memory
+        patch.setattr(images, "_opened", lambda *given: reads.append(given[1]) or opened(*given))
+        patch.setattr(prompts, "read_lines", lambda path, what: reads.append(str(path)) or read_lines(path, what))
+        qirl.train(values, [colours], quiet=True)
+    return sorted(reads)
+
+
+def test_a_run_on_a_gpu_reads_its_prompts_and_their_sources_once(folders, tmp_path, monkeypatch):
+    """The plan that refuses a run too large comes before the run reads them."""
+    rows = [{"text": f"make it {c}", "sources": [f"{c}.png"]} for c in ("red", "blue")]
+    for row in rows:
+        Image.new("RGB", (64, 48), row["text"][8:]).save(tmp_path / row["sources"][0])
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for name, room in (("cpu", None), ("gpu", 10**12)):
+        monkeypatch.setenv("QIRL_CACHE", str(tmp_path / f"cache {name}"))
+        values = {
+            "run": {"out": str(tmp_path / name), "steps": 1, "samples_every": 0, "report": False},
+            "world": {"name": "prompts", "task": "edit", "prompts": str(path), "resolution": 64},
+            "model": {"path": str(folders("QwenImage21Pipeline"))}, "flow": {"steps": 2},
+            "policy": {"prompts": 2, "group": 2, "timesteps": {"count": 1}},
+        }  # fmt: skip
+        found.append(reads_of(values, room, monkeypatch))
+    assert found[0] == found[1] and found[0].count(str(path)) == 1
 
 
 EIGHT = {"optimizer": {"kind": "adamw_8bit"}, "run": {"steps": 4, "checkpoint_every": 2}}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qirl.data import prompts
 from qirl.data.images import Pictures, read_image
 from qirl.data.prompt_file import PromptFile
 from qirl.data.prompts import load_prompts
@@ -175,3 +176,23 @@ def test_prompts_without_a_category_are_sorted_by_the_first_rule_that_they_match
         (tmp_path / "rules.yaml").write_text(bad)
         with pytest.raises(UserError, match="world.categories=.* holds no patterns by category"):
             own.prompts("train", tmp_path / "p.jsonl")
+
+
+def test_a_prompt_file_is_read_again_where_it_or_a_source_has_changed(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png())
+    path = lines(tmp_path / "p.jsonl", {"text": "x", "sources": ["a.png"]})
+    (first,) = load_prompts(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "_read", None)  # would fail
+        assert load_prompts(path)[0] is first
+    assert first.sources[0].shape == (20, 30, 3)
+    (tmp_path / "a.png").write_bytes(png(PICTURE[:10]))
+    (changed,) = load_prompts(path)
+    assert changed.source_sizes == [(10, 30)] and np.array_equal(changed.sources[0], PICTURE[:10])
+    lines(path, {"text": "another", "sources": ["a.png"]})
+    assert [p.text for p in load_prompts(path)] == ["another"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match="a.png cannot be read"):
+        load_prompts(path)
+    (tmp_path / "a.png").write_bytes(png())
+    assert [p.source_sizes for p in load_prompts(path)] == [[(20, 30)]]

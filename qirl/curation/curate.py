@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -181,16 +181,21 @@ def check_some_kept(rows: Sequence[dict], options: Curate, ledger: Path) -> None
     raise UserError(f"{line}; {fix}; the scores are in {ledger}")
 
 
+def record_of(prompt: Prompt, place: Callable[[Path], str]) -> dict:
+    """A prompt as a line of a prompt file, without its sources; place: how the file of its image is written."""
+    line = {"id": prompt.id, "text": prompt.text, "category": prompt.category}
+    line |= {"height": prompt.height, "width": prompt.width} if prompt.height else {}
+    line |= {"metadata": prompt.metadata} if prompt.metadata else {}
+    return line | ({"image": place(prompt.image)} if isinstance(prompt.image, Path) else {})
+
+
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """A prompt file for world.prompts; the sources of edits become PNG files in sources/ beside it."""
     from PIL import Image
 
     lines = []
     for prompt in prompts:
-        line = {"id": prompt.id, "text": prompt.text, "category": prompt.category}
-        line |= {"height": prompt.height, "width": prompt.width} if prompt.height else {}
-        line |= {"metadata": prompt.metadata} if prompt.metadata else {}
-        line |= {"image": str(prompt.image.resolve())} if isinstance(prompt.image, Path) else {}
+        line = record_of(prompt, lambda file: str(file.resolve()))
         names = [f"sources/{prompt.id}_{place}.png" for place in range(len(prompt.sources))]
         for name, source in zip(names, prompt.sources, strict=True):
             (path.parent / name).parent.mkdir(exist_ok=True)

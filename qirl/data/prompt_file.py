@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from qirl.data.dali import check_installed
 from qirl.data.digit_set import of_task
-from qirl.data.images import read_image
+from qirl.data.images import read_images
 from qirl.data.prompts import GENERAL, Prompt, load_prompts
 from qirl.errors import UserError
 
@@ -21,8 +22,10 @@ class PromptFile:
 
     name, uniforms = "prompts", 1
 
-    def __init__(self, task: str, family, most_bad: float = 0.0, rules: str | None = None):
-        self.task, self.family, self.most_bad, self.rules = task, family, most_bad, rules
+    def __init__(self, task: str, family, most_bad: float = 0.0, rules: str | None = None, decoder: str = "pil"):
+        self.task, self.family, self.most_bad, self.rules, self.decoder = task, family, most_bad, rules, decoder
+        if decoder == "dali":
+            check_installed()
         self._examples: list[Prompt] = []
 
     def prompts(self, split: str, path: str | None = None) -> list[Prompt]:
@@ -34,7 +37,7 @@ class PromptFile:
             raise UserError(
                 "world.prompts is missing: name a file of prompts (.txt one a line, .jsonl with sources and sizes)"
             )
-        found = of_task(load_prompts(path, self.family.check, self.most_bad), self.task, path)
+        found = of_task(load_prompts(path, self.family.check, self.most_bad, self.decoder), self.task, path)
         if self.rules is not None:
             found = categorised(found, self.rules)
         self._examples = [prompt for prompt in found if prompt.image is not None]
@@ -52,7 +55,14 @@ class PromptFile:
         chosen = [self._examples[int(x * len(self._examples))] for x in u[:, 0]]
         side = self.family.pixels
         sizes = [tuple(tokens * side for tokens in self.family.size(prompt)) for prompt in chosen]
-        return chosen, [cover(read_image(p.image), *size) for p, size in zip(chosen, sizes, strict=True)]
+        images = read_images([p.image for p in chosen], self.decoder)
+        return chosen, [cover(image, *size) for image, size in zip(map(_image, images), sizes, strict=True)]
+
+
+def _image(read: np.ndarray | UserError) -> np.ndarray:
+    if isinstance(read, UserError):
+        raise read
+    return read
 
 
 def categorised(prompts: Sequence[Prompt], path: str) -> list[Prompt]:

@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from qirl.data.images import Pictures, Slice, as_uint8, content_hash
+from qirl.data.images import Pictures, Slice, as_uint8, content_hash, read_images, written
 from qirl.data.lines import parse_object, read_lines, told_at
 from qirl.data.tars import samples
 from qirl.errors import UserError
@@ -55,8 +54,8 @@ class Prompt:
 
     @cached_property
     def source_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of every source in pixels; their files are read once for it."""
-        return [image.shape[:2] for image in self.sources]
+        """(height, width) of every source in pixels; those of files were found when the prompts were loaded."""
+        return self.sources.sizes if isinstance(self.sources, Pictures) else [image.shape[:2] for image in self.sources]
 
     @cached_property
     def source_hash(self) -> str:
@@ -64,15 +63,21 @@ class Prompt:
         return content_hash(*self.sources)
 
 
+Lines = list[tuple[int | str, Prompt | UserError]]  # number (or key) and prompt of every line
+# the last file that had no fault, from where: a run's plan and its start read the same one
+LAST: dict[tuple[Path, Path], tuple[Lines, list, Sequence[Path | Slice]]] = {}
+
+
 def load_prompts(
-    path: str | Path, check: Callable[[Prompt], None] | None = None, most_bad: float = 0.0
+    path: str | Path, check: Callable[[Prompt], None] | None = None, most_bad: float = 0.0, decoder: str = "pil"
 ) -> list[Prompt]:
     """A user's prompts: `.txt` holds one a line, `.jsonl` one object a line: {"text", "category"?, "id"?, "sources"?,
     "height"?, "width"?, "metadata"?, "image"?}; `.tar` (or a pattern, "shards/*.tar") webdataset's samples.
 
     Blank lines are skipped. "sources": the images of an edit, paths relative to the file. Without "id" a prompt's id
     is its place among the prompts, from 0 (for an edit from FIRST_EDIT). A record with "prompt" in place of "text" is another
-    system's: what else it has becomes metadata. Every source is decoded once here, on as many threads as there are cores.
+    system's: what else it has becomes metadata. Every source is decoded once here, on all cores, by `decoder` as
+    `read_images` has it. The last file that had no fault is remembered, as long as neither it nor a source changes.
     `check` may refuse a prompt by a UserError. most_bad: share of the lines that may be left out, with a warning.
     Raises UserError for a file that is missing, unreadable or empty, for bad lines (with their numbers) and for an id used
     twice.
@@ -82,24 +87,10 @@ def load_prompts(
         raise UserError(
             f"{path}: a prompt file ends in .txt (one a line), .jsonl (one object a line) or .tar (webdataset); rename it"
         )
-
-    def made(numbered: tuple[int, tuple[int | str, Any]]) -> Prompt | UserError:
-        place, (number, line) = numbered
-        try:
-            with told_at(path, number):
-                prompt = MAKERS[path.suffix](line, place, path.parent)
-                if check:
-                    check(prompt)
-                return prompt
-        except UserError as error:
-            return error
-
-    lines = samples(path) if path.suffix == ".tar" else read_lines(path, "prompt file")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(made, enumerate(lines)))
-    bad = [own for own in found if isinstance(own, UserError)]
+    found = _checked(path, _remembered(path, decoder), check or (lambda prompt: None))
+    bad = [own for _, own in found if isinstance(own, UserError)]
     prompts, seen = [], {}
-    for (number, _), prompt in zip(lines, found, strict=True):
+    for number, prompt in found:
         if isinstance(prompt, UserError):
             continue
         if prompt.id in seen:
@@ -108,10 +99,72 @@ def load_prompts(
             continue
         seen[prompt.id] = number
         prompts.append(prompt)
-    _tell(path, bad, len(lines), most_bad)
+    _tell(path, bad, len(found), most_bad)
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")
     return prompts
+
+
+def _remembered(path: Path, decoder: str) -> Lines:
+    """What `_read` finds in a file, read again only where it or a source is not what it was."""
+    known, stamp, files = LAST.get((Path.cwd(), path), (None, None, ()))
+    if known is not None and stamp == _stamp(path, files):
+        return known
+    LAST.clear()
+    found = _read(path, decoder)
+    if not any(isinstance(own, UserError) for _, own in found):
+        files = [file for _, prompt in found for file in (*getattr(prompt.sources, "files", ()), prompt.image) if file]
+        LAST[Path.cwd(), path] = found, _stamp(path, files), files
+    return found
+
+
+def _stamp(path: Path, files: Sequence[Path | Slice]) -> list:
+    """When the prompt file (or the tars of a pattern) and its images were written, and their sizes."""
+    own = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    return [(str(file), written(file)) for file in (*own, *files)]
+
+
+def _read(path: Path, decoder: str) -> Lines:
+    """The prompt of every line, or what is wrong with it; every source was decoded."""
+    found: Lines = []
+    for place, (number, line) in enumerate(samples(path) if path.suffix == ".tar" else read_lines(path, "prompt file")):
+        try:
+            with told_at(path, number):
+                found.append((number, MAKERS[path.suffix](line, place, path.parent)))
+        except UserError as error:
+            found.append((number, error))
+    edits = [p.sources for _, p in found if isinstance(p, Prompt) and p.sources]
+    files = list(dict.fromkeys(file for sources in edits for file in sources.files))
+    sizes = {
+        f: x if isinstance(x, UserError) else x.shape[:2]
+        for f, x in zip(files, read_images(files, decoder), strict=True)
+    }
+    for sources in edits:
+        sources.sizes = [sizes[file] for file in sources.files]
+    return _checked(path, found, _sources_are_images)
+
+
+def _sources_are_images(prompt: Prompt) -> None:
+    for size in prompt.source_sizes:
+        if isinstance(size, UserError):
+            raise size
+
+
+def _checked(path: Path, found: Lines, check: Callable[[Prompt], None]) -> Lines:
+    """`found` with what `check` raises in place of the prompts that it refuses."""
+
+    def checked(line: tuple[int | str, Prompt | UserError]) -> tuple[int | str, Prompt | UserError]:
+        number, prompt = line
+        try:
+            with told_at(path, number):
+                if isinstance(prompt, Prompt):
+                    check(prompt)
+                return line
+        except UserError as error:
+            return number, error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(checked, found))
 
 
 def _tell(path: Path, bad: Sequence[UserError], count: int, most: float) -> None:
@@ -153,7 +206,6 @@ def _from_json(line: str, place: int, folder: Path) -> Prompt:
     if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
         raise UserError(f'"image" is {image!r}; it must be the path of a file, relative to the prompt file')
     sources = Pictures([folder / path for path in paths])
-    list(sources)  # once: what cannot be decoded is refused here
     return Prompt(number, row["text"].strip(), category, sources, *sides, metadata, image and folder / image)
 
 

@@ -51,7 +51,7 @@ def config_of(config: EvaluateConfig, name: str) -> EvaluateConfig:
     """The evaluation of one of config.evaluation.models alone, at the arena's scale as well where there are battles."""
     values = config.model_dump(exclude_unset=True)
     scales = [*config.evaluation.guidance, *([scale_of(config, name)] if config.arena.battles else [])]
-    values["model"] = values.get("model", {}) | {"path": config.evaluation.models[name]}
+    values["model"] = values.get("model", {}) | {"path": config.evaluation.models[name], "revision": None}
     values["evaluation"] = values["evaluation"] | {"models": {}, "guidance": tuple(dict.fromkeys(scales))}
     values["run"] = {k: v for k, v in values.get("run", {}).items() if k != "out"}
     return EvaluateConfig.model_validate({k: v for k, v in values.items() if k != "arena"})

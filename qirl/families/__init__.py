@@ -66,6 +66,10 @@ class Family(Protocol):
     def encoder_bytes(self) -> int:
         """Bytes of the text encoder, which is on the device before the transformer is; 0 where there is none."""
 
+    def autoencoder_bytes(self, size: tuple[int, int], encoding: bool = False) -> int:
+        """Bytes of the autoencoder and of what it holds at most while it decodes, or encodes, an image of this size in latent
+        tokens; it is on the device for that only. 0 where there is none."""
+
     def facts(self) -> dict[str, Any]:
         """What a model folder must say for the family to be found again."""
 

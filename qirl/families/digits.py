@@ -102,5 +102,8 @@ class Digits:
     def encoder_bytes(self) -> int:
         return 0
 
+    def autoencoder_bytes(self, size: tuple[int, int], encoding: bool = False) -> int:
+        return 0
+
     def facts(self) -> dict[str, Any]:
         return {"world": self.name, "text_dim": self.text_dim}

@@ -26,6 +26,7 @@ from qirl.data.images import MOST_ASPECT, content_hash
 from qirl.data.prompts import Prompt
 from qirl.errors import UserError
 from qirl.families.kept import read_condition, read_layout, write_condition
+from qirl.families.memory import autoencoder_bytes
 from qirl.packing import Condition
 from qirl.run import cache
 
@@ -46,6 +47,7 @@ class PipelineFamily:
     name: str
     encoder: str  # class of the text encoder in transformers
     autoencoder: str  # its class in diffusers
+    planes: tuple[str, int]  # of an image: the autoencoder's option and its default
     patch: int  # latents of a token's side
     shared: bool  # conditions are prefixes that targets share
     most_sources: int
@@ -157,6 +159,12 @@ class PipelineFamily:
         stated = read_json(self.folder / "text_encoder/config.json").get("dtype", "bfloat16")
         return size * self.dtype.itemsize // (4 if stated == "float32" else 2)
 
+    def autoencoder_bytes(self, size: tuple[int, int], encoding: bool = False) -> int:
+        height, width = (side * (self.pixels if encoding else self.patch) for side in size)
+        channels = self.vae_config.get(*self.planes) if encoding else self.vae_config["z_dim"]
+        config = json.dumps(self.vae_config, sort_keys=True)
+        return autoencoder_bytes(self.autoencoder, config, self.dtype, (1, channels, 1, height, width), encoding)
+
     def facts(self) -> dict[str, Any]:
         return {"family": self.name, "pipeline": str(self.folder.resolve())}
 
@@ -226,8 +234,9 @@ class PipelineFamily:
         raise NotImplementedError
 
     def sketch(self, prompt: Prompt, negative: bool = False) -> Condition:
+        blank = [np.zeros((*size, 3), np.uint8) for size in prompt.source_sizes]
         with self._sketches():
-            return self.encode_condition(self.unconditional if negative else prompt.text, prompt.sources)
+            return self.encode_condition(self.unconditional if negative else prompt.text, blank)
 
     @contextlib.contextmanager
     def _sketches(self) -> Iterator[None]:

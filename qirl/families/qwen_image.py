@@ -32,6 +32,7 @@ class QwenImageFamily(PipelineFamily):
 
     name = "qwen_image"
     encoder, autoencoder = "Qwen2_5_VLForConditionalGeneration", "AutoencoderKLQwenImage"
+    planes = ("input_channels", 3)
     patch, shared, rescale = 2, False, True
 
     def __init__(self, folder: Path, options: Options, model: Model):

@@ -19,6 +19,7 @@ SLOT = 2  # latents of the side of one image token of the text
 class QwenImage21Family(PipelineFamily):
     name = "qwen_image_21"
     encoder, autoencoder = "Qwen3VLForConditionalGeneration", "AutoencoderKLQwenImage21"
+    planes = ("in_channels", 4)
     patch, shared, rescale, most_sources = 1, True, False, 10
 
     def _downscale(self) -> int:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from qirl.errors import UserError
+from qirl.paths import HUB
 
-HUB = "hf://"
 WORLD_FILE = "qirl.json"
 
 

@@ -116,7 +116,7 @@ def check_weights(model: torch.nn.Module, folder: str | Path, variant: str | Non
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = set(wanted)
     for path in weight_files(folder, variant):
-        for name, shape in _shapes(path).items():
+        for name, shape in tensor_shapes(path).items():
             if name not in wanted:
                 raise UserError(
                     f"{path.name} holds '{name}', which the model does not have; is config.json from another model?"
@@ -132,7 +132,8 @@ def check_weights(model: torch.nn.Module, folder: str | Path, variant: str | Non
         raise UserError(f"{folder} lacks {len(missing)} tensors, first '{min(missing)}'; copy the folder again")
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes that a safetensors file's header states. Raises UserError for a file that is truncated or damaged."""
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

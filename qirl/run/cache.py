@@ -51,6 +51,15 @@ def _sources(module: ModuleType) -> Iterator[tuple[str, bytes]]:
         yield module.__name__, Path(module.__file__).read_bytes()
 
 
+def _path(name: str, key: str) -> Path:
+    return folder() / f"{name}-{key[:16]}"
+
+
+def find(name: str, key: str) -> Path | None:
+    """The folder `name`-`key` of the cache, None where there is none."""
+    return own if (own := _path(name, key)).is_dir() else None
+
+
 def cached_folder(name: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder `name`-`key` of the cache; where there is none, `build(path)` fills an empty one first.
 
@@ -58,9 +67,9 @@ def cached_folder(name: str, key: str, build: Callable[[Path], None]) -> Path:
     thing, the second waits for the first. What `build` raises passes through and leaves nothing behind.
     Raises UserError if the cache cannot be written.
     """
-    final = folder() / f"{name}-{key[:16]}"
-    if final.is_dir():
-        return final
+    if there := find(name, key):
+        return there
+    final = _path(name, key)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = final.with_name(final.name + ".lock").open("a")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qirl.config_rewards import JudgeOptions
+from qirl.config_rewards import Categorise, JudgeOptions
 from qirl.data.images import encode
 from qirl.errors import UserError
 from qirl.rewards.remote import Replicas, ServerError, get
@@ -36,12 +36,19 @@ def with_images(messages: list[dict], images: Sequence[np.ndarray]) -> list[dict
 class OpenAIChat:
     """`reading.Chat` over HTTP."""
 
-    def __init__(self, options: JudgeOptions):
+    def __init__(self, options: JudgeOptions | Categorise):
         self.options, self.replicas = options, Replicas(options)
 
     async def write(self, messages, images, prefix: str, stop: str, seed: int) -> Written:
-        body = {"stop": [stop], "max_tokens": self.options.reasoning_tokens, "temperature": self.options.temperature}
-        return await self._ask(messages, images, prefix, body | {"seed": seed}, _written)
+        options = self.options
+        return await self.say(messages, images, prefix, stop, seed, options.reasoning_tokens, options.temperature)
+
+    async def say(
+        self, messages, images, prefix: str, stop: str, seed: int, tokens: int, temperature: float = 0.0
+    ) -> Written:
+        """As `write`, of at most `tokens` tokens."""
+        body = {"stop": [stop], "max_tokens": tokens, "temperature": temperature, "seed": seed}
+        return await self._ask(messages, images, prefix, body, _written)
 
     async def digits(self, messages, images, prefix: str) -> list[float]:
         body = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": TOP}
@@ -56,7 +63,7 @@ class OpenAIChat:
         return await self.replicas.post("/chat/completions", body, lambda answer: take(_only_choice(answer)))
 
 
-def check_servers(options: JudgeOptions) -> None:
+def check_servers(options: JudgeOptions | Categorise) -> None:
     """Raises UserError for a server that does not answer, or that does not serve the model: before anything is drawn."""
     for server in options.servers:
         listed = get(f"{server.rstrip('/')}/models", options)
@@ -66,7 +73,7 @@ def check_servers(options: JudgeOptions) -> None:
             raise UserError(f"{server} is no OpenAI-compatible server: {server}/models lists no models") from None
         if options.model not in names:
             raise UserError(
-                f"judge server {server} does not serve {options.model}; it serves {', '.join(names) or 'nothing'}"
+                f"server {server} does not serve {options.model}; it serves {', '.join(names) or 'nothing'}"
             )
 
 
