@@ -194,7 +194,9 @@ def test_tensors_of_any_strides_are_read_correctly():
     agree(turned(qk_norm_rope, angle), turned(rope_file.reference, angle), [x, draws((40,))[0][::2]])
     out_a, out_b, lse_a, lse_b = strided((9, 6, 20), (9, 6, 20), (9, 6), (9, 6))
     theirs = merge_file.reference(out_a, lse_a, out_b, lse_b)
-    rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (lse_a[None], lse_b[None])]  # heads first, as flash has it
+    rows = [
+        x.transpose(1, 2).contiguous().transpose(1, 2) for x in (lse_a[None], lse_b[None])
+    ]  # heads first, as flash has it
     ours = out_a.contiguous(), rows[0][0]
     merge_attention_(*ours, out_b, rows[1][0])
     for a, b in zip(ours, theirs, strict=True):
