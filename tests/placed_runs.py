@@ -90,7 +90,7 @@ def advantages(convention: str, device) -> None:
 
 def against_diffusers(device) -> None:
     """What is timed on a GPU, but for the backward of diffusers' attention, which the simulated device does not have."""
-    engine.start = lambda always_mesh=False: Ranks(device=torch.device(device))
+    engine.start = lambda *_, **__: Ranks(device=torch.device(device))
     setting = dataclasses.replace(throughput.HEADLINE, references=1, **throughput_baselines.SMALL, lora=2)
     with throughput.Step(setting, str(device)) as ours:
         theirs = throughput_baselines.Baseline(setting, "same", str(device), ours.model.state_dict())

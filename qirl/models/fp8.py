@@ -10,6 +10,7 @@ for its forward and (transposed, with scales of its own) for its backward; a tra
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,8 +107,21 @@ class Fp8Products:
 
 def _product(values, weight, scale, unit, dtype) -> torch.Tensor:
     """[N, K] times [M, K] transposed, scaled back: [N, M] in `dtype`."""
+    if values.device.type == "cpu" and not _rows_on_cpu():
+        return (values.float() @ weight.float().T * scale * unit).to(dtype)
     out = dtype if values.device.type == "cpu" else torch.bfloat16  # CUDA's has one type of result
     return torch._scaled_mm(values, weight.T, scale, unit, out_dtype=out, use_fast_accum=True).to(dtype)
+
+
+@functools.cache
+def _rows_on_cpu() -> bool:
+    """Whether this torch's product on a CPU takes a scale a row: 2.11's takes one a tensor."""
+    bits, one = torch.zeros(16, 16).to(FORWARD), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(bits, bits.T, one, one.T, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Fp8(torch.autograd.Function):
