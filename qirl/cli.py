@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 from qirl import __version__, cli_reward
-from qirl.cli_common import Config, DryRun, Out, Overrides, WithOptions, ended, first, load_config, say, told, world
+from qirl.cli_common import (
+    Config,
+    Device,
+    DryRun,
+    Out,
+    Overrides,
+    WithOptions,
+    ended,
+    first,
+    load_config,
+    say,
+    told,
+    world,
+)
 from qirl.errors import UserError
 
 app = typer.Typer(
@@ -53,12 +66,13 @@ def quickstart(
         str, typer.Option(help="folder of the whole job; the same command continues it")
     ] = "runs/quickstart",
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of every random draw")] = 0,
+    device: Device = "auto",
 ) -> None:
     """The whole job on two CPU cores: real handwriting, a small base model, RL, evaluation, report."""
     with told(resumes=True):
         from qirl.quickstart import quickstart as run
 
-        run(out, seed)
+        run(out, seed, device=device)
 
 
 @app.command(cls=WithOptions)
@@ -141,6 +155,7 @@ def sample(
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance scale; 1 is without")] = 4.0,
     steps: Annotated[int, typer.Option(min=2, max=1000, help="denoising steps")] = 20,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of the noise")] = 0,
+    device: Device = "auto",
 ) -> None:
     """Draw one image per prompt."""
     with told():
@@ -153,7 +168,7 @@ def sample(
         from qirl.api import sample as draw
         from qirl.run.plots import grid
 
-        images = draw(model, prompts, guidance=guidance, steps=steps, seed=seed)
+        images = draw(model, prompts, guidance=guidance, steps=steps, seed=seed, device=device)
         path.parent.mkdir(parents=True, exist_ok=True)
         grid(images[None], scale=max(1, 128 // images.shape[2]), gap=2).save(path)
         say(f"{len(images)} images: {path}")

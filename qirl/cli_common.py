@@ -35,6 +35,7 @@ Overrides = Annotated[
     typer.Argument(metavar="SECTION.OPTION=VALUE", help="options over those of the file"),
 ]
 Out = Annotated[str | None, typer.Option(help="run folder, over run.out; the same command continues it")]
+Device = Annotated[str, typer.Option(help="where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what it costs; start nothing")]
 
 

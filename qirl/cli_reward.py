@@ -55,7 +55,7 @@ def serve(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
         from qirl.rewards.registry import build
         from qirl.rewards.server.app import serve as run
 
-        rewards = build(loaded.rewards)
+        rewards = build(loaded.rewards, loaded.serve.device)
         say(f"serving {', '.join(loaded.rewards)} on http://{loaded.serve.host}:{loaded.serve.port}")
         run(rewards, loaded.serve)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from qirl import config_file
-from qirl.config_rewards import RewardOptions
+from qirl.config_rewards import RewardOptions, Serve
 from qirl.config_sections import (
     Advantage,
     Architecture,
@@ -35,7 +35,6 @@ from qirl.config_sections import (
     Run,
     Scoring,
     Section,
-    Serve,
     Teacher,
     World,
     option,

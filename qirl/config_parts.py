@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from qirl.config_sections import Section, option, require
+from qirl.config_sections import DEVICE, Section, option, require
 
 
 def between(value: float, low: float, high: float) -> float:
@@ -34,7 +34,7 @@ class Weights(Affine):
     """A measure by a network of transformers."""
 
     model: str | None = option(None, "folder of its weights, as transformers saves it")
-    device: str = option("auto", "where it runs: auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "where it runs: auto (where the run computes), cpu, cuda, cuda:1, ...", pattern=DEVICE)
     batch: int = option(32, "images at a time", ge=1)
 
     @model_validator(mode="after")

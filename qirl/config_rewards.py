@@ -1,4 +1,4 @@
-"""`rewards:` of a config: {name: options}, each of a kind. The options of every kind, light to import."""
+"""`rewards:` of a config: {name: options}, each of a kind, and how they are served. Light to import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Union
 from pydantic import Field, model_validator
 
 from qirl.config_parts import PARTS
-from qirl.config_sections import Section, option, require
+from qirl.config_sections import DEVICE, Section, option, require
 
 Mode = Literal["expected_cot", "expected_direct", "parsed"]
 
@@ -39,6 +39,7 @@ class JudgeOptions(Remote):
         (), "addresses of OpenAI-compatible servers (vLLM, SGLang) that serve one model, such as http://host:8000/v1"
     )
     model: str | None = option(None, "the model's name on the servers; without servers: its folder, read in process")
+    device: str = option("auto", "where a model without servers runs; auto: where the run computes", pattern=DEVICE)
     temperature: float = option(0.7, "temperature of the reasoning", ge=0, le=2)
     reasoning_tokens: int = option(512, "longest reasoning; a longer one is cut off and does not count", ge=1)
     pixels: int = option(1_048_576, "an image of more pixels is scaled down to this many", ge=256)
@@ -95,3 +96,17 @@ class ServerOptions(Remote, Ranged):
 
 
 RewardOptions = Annotated[Union[(JudgeOptions, PythonOptions, ServerOptions, *PARTS)], Field(discriminator="kind")]
+
+
+class Serve(Section):
+    host: str = option("127.0.0.1", "address to listen on; another than loopback needs a token")
+    port: int = option(8100, "port to listen on; 0: any free one", ge=0, le=65535)
+    token_variable: str | None = option(None, "environment variable that holds the bearer token of clients")
+    batch: int = option(32, "samples that rewards score at a time, of any requests", ge=1)
+    wait: float = option(0.005, "seconds that a batch waits for more samples", ge=0, le=10)
+    queue: int = option(2048, "samples that may wait; a request beyond that is told to come again (429)", ge=1)
+    timeout: float = option(300.0, "seconds that a reward may take for a batch; then its components fail", gt=0)
+    max_body: int = option(256 * 2**20, "bytes of a request", ge=1024)
+    max_images: int = option(256, "images of a request, sources included", ge=1)
+    max_pixels: int = option(2**24, "pixels of an image", ge=256)
+    device: str = option("auto", "where rewards run that name none: auto, cpu, cuda, cuda:1, ...", pattern=DEVICE)

@@ -52,6 +52,9 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"  # what an option may name as a device
+
+
 class Run(Section):
     out: str = option("runs/run", "run folder: everything the run writes; the same command continues it")
     seed: int = option(0, "seed of every random draw, 0 to 2^64-1", ge=0, lt=2**64)
@@ -60,6 +63,11 @@ class Run(Section):
     keep: int = option(2, "checkpoints kept", ge=1)
     samples_every: int = option(10, "steps between sample grids of the monitor prompts; 0 for none", ge=0)
     monitor_prompts: int = option(12, "prompts in the sample grids", ge=1)
+    device: str = option(
+        "auto",
+        "where it computes: auto (a GPU if there is one), cpu, cuda, cuda:1, ...; torchrun's ranks take one each",
+        pattern=DEVICE,
+    )
     threads: int = option(
         0, "CPU threads of torch; 0 leaves it to torch (a run repeats bit for bit only at the same number)", ge=0
     )
@@ -299,19 +307,6 @@ class Composition(Section):
     cap: float = option(0.25, "most that the layers above a failed one can score", ge=0, le=1)
     gates: dict[str, float] = option({}, "limits of components that a sample must reach, such as {safety: 0.5}")
     gated: Literal["zero", "drop"] = option("zero", "a sample below one: all its components are 0, or it is dropped")
-
-
-class Serve(Section):
-    host: str = option("127.0.0.1", "address to listen on; another than loopback needs a token")
-    port: int = option(8100, "port to listen on; 0: any free one", ge=0, le=65535)
-    token_variable: str | None = option(None, "environment variable that holds the bearer token of clients")
-    batch: int = option(32, "samples that rewards score at a time, of any requests", ge=1)
-    wait: float = option(0.005, "seconds that a batch waits for more samples", ge=0, le=10)
-    queue: int = option(2048, "samples that may wait; a request beyond that is told to come again (429)", ge=1)
-    timeout: float = option(300.0, "seconds that a reward may take for a batch; then its components fail", gt=0)
-    max_body: int = option(256 * 2**20, "bytes of a request", ge=1024)
-    max_images: int = option(256, "images of a request, sources included", ge=1)
-    max_pixels: int = option(2**24, "pixels of an image", ge=256)
 
 
 class Scoring(Section):

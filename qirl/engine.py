@@ -111,7 +111,7 @@ class Engine:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         half = DTYPES[dtype] == torch.bfloat16
-        ranks = start(always_mesh=half and not frozen)
+        ranks = start(always_mesh=half and not frozen, device=config.run.device)
         check_optimizer(config.optimizer, ranks.device)
         values, out = to_dict(config), config.run.out
         fix = f"cannot write the run folder {out}; choose another out folder"
@@ -300,7 +300,7 @@ class Engine:
 # what a run that is continued may change: nothing that a step's numbers depend on (optimizer.impl: by more than rounding)
 FREE_KEYS = (
     "run.out", "run.keep", "run.tracker", "run.report", "run.checkpoint_every", "run.samples_every", "optimizer.max_skipped",
-    "optimizer.impl", "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in Remote.model_fields),
+    "optimizer.impl", "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in (*Remote.model_fields, "device")),
 )  # fmt: skip
 RISING_KEYS = ("run.steps",)
 

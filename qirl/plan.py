@@ -40,6 +40,7 @@ from qirl.models.lora import add_lora
 from qirl.models.quantised import LARGEST, quantise
 from qirl.models.weights import check_weights, new_model
 from qirl.packing import Target, cut, pack
+from qirl.parallel.data import run_device
 from qirl.policy.packs import Layout, Pair, lay_out
 from qirl.world import World, make_world
 
@@ -291,18 +292,15 @@ def _probe(config: CurateConfig | CalibrateConfig, world: World, model: Transfor
     )
 
 
-def gpu_memory() -> int | None:
-    """Bytes of this rank's GPU, None without one."""
-    return (
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        if torch.cuda.is_available()
-        else None
-    )
+def gpu_memory(config: Section) -> int | None:
+    """Bytes of the GPU that `config` runs on here, None on a CPU. Raises UserError for one that is not there."""
+    device = run_device(config.run.device)
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def refuse_too_large(config: Section, ranks: int) -> None:
     """Raises UserError, with settings that would fit, where a run needs more than a GPU has."""
-    room = gpu_memory()
+    room = gpu_memory(config)
     if room is None:
         return
     need = plan(config, ranks)["memory"]["total"]
@@ -352,7 +350,7 @@ def _remedies(config: Section) -> Iterator[tuple[str, Any]]:
 
 def print_plan(config: Section, world_size: int = 1) -> None:
     """The plan on standard output: the config as YAML, then one line a number."""
-    found = plan(config, world_size)
+    room, found = gpu_memory(config), plan(config, world_size)
     print(yaml.safe_dump(found["config"], sort_keys=False, default_flow_style=None, width=120))
     per_step = "" if isinstance(config, DRAWING) else ", per step"
     rows = [("ranks", str(found["world_size"]))]
@@ -363,7 +361,7 @@ def print_plan(config: Section, world_size: int = 1) -> None:
         shares = f"{numbers['matmul'] / max(1, numbers['total']):.0%} linear layers, rest attention"
         rows.append((f"FLOPs of {phase}{per_step}", f"{_unit(numbers['total'], 1000)}FLOP ({shares})"))
     rows += [(f"memory per rank, {name}", f"{_unit(size, 1024)}B") for name, size in found["memory"].items()]
-    if (room := gpu_memory()) is not None:
+    if room is not None:
         need = found["memory"]["total"]
         fits = (
             "enough"

@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
         raise UserError(
             f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
         )
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     prompts = world.data.prompts("train", config.world.prompts)
     model_config(config, world.family)
     world.family.prepare(prompts, config.pretrain.drop_condition > 0)

@@ -46,17 +46,21 @@ def quickstart(
     seed: int = 0,
     quiet: bool = False,
     overrides: Mapping[str, Sequence[str]] | None = None,
+    device: str = "auto",
 ) -> dict:
     """Runs all stages and returns the summary; prints a table and the report's path unless `quiet`.
 
-    overrides: per stage (a key of STAGES) options over those of its config. Raises UserError for an option that does not
-    fit, before the first stage, and if `out` cannot be written or holds the stages of another seed or config.
+    overrides: per stage (a key of STAGES) options over those of its config. device: `run.device` of every stage. Raises
+    UserError for an option or a device that does not fit, before the first stage, and if `out` cannot be written or holds the stages of another seed or config.
     """
     from qirl import quickstart_results as results
+    from qirl.parallel.data import run_device
     from qirl.run.report import write_report
 
     folder = Path(out)
-    recipes = load_recipes(folder, seed, overrides or {})
+    recipes = load_recipes(folder, seed, overrides or {}, device)
+    for recipe in recipes.values():
+        run_device(recipe.run.device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,7 +88,9 @@ def quickstart(
     return summary
 
 
-def load_recipes(folder: Path, seed: int, overrides: Mapping[str, Sequence[str]]) -> dict[str, configuration.Section]:
+def load_recipes(
+    folder: Path, seed: int, overrides: Mapping[str, Sequence[str]], device: str = "auto"
+) -> dict[str, configuration.Section]:
     """The config of every stage: configs/digits/, wired to the folders of the stages before, then `overrides`."""
     for name in overrides:
         if name not in STAGES:
@@ -108,7 +114,7 @@ def load_recipes(folder: Path, seed: int, overrides: Mapping[str, Sequence[str]]
         stage: configuration.load(
             STAGES[stage][0],
             configs() / f"digits/{STAGES[stage][1]}.yaml",
-            [f"run.out={folder / stage}", f"run.seed={seed}", *own, *overrides.get(stage, ())],
+            [f"run.out={folder / stage}", f"run.seed={seed}", f"run.device={device}", *own, *overrides.get(stage, ())],
         )
         for stage, own in wired.items()
     }

@@ -112,7 +112,7 @@ def drawn(arena: EvaluateConfig, name: str, prompts, guidance: float) -> np.ndar
     from qirl.evaluation.evaluate import draw, open_model
     from qirl.world import make_world
 
-    config, family = config_of(arena, name), make_world(arena.world).family
+    config, family = config_of(arena, name), make_world(arena.world, device=arena.run.device).family
     flow = config.flow.model_copy(update={"steps": config.evaluation.steps, "guidance": guidance})
     model, listed = open_model(config, family, [guidance]), [(p, 0) for p in prompts]
     images = draw(model, family, listed, 1, flow, 1, config.evaluation.batch_tokens)

@@ -18,9 +18,10 @@ class World:
     data: DigitSet | PromptFile
 
 
-def make_world(options: Options, model: Model | None = None) -> World:
-    """The world of a config's sections. Raises UserError for a model of no known family."""
-    family = family_of(options, model)
+def make_world(options: Options, model: Model | None = None, device: str = "auto") -> World:
+    """The world of a config's sections; device: where its encoders run. Raises UserError for a model of no known family, and
+    for a device that is not there."""
+    family = family_of(options, model, device)
     own = (
         DigitSet(options.task, family.check)
         if options.name == "digits"

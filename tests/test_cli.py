@@ -36,7 +36,7 @@ NETWORK = "low high model device batch kind"
 REWARDS = {
     f"rewards.NAME({kind})": keys
     for kind, keys in {
-        "judge": f"{ASK} rubric omit mode chains model temperature reasoning_tokens pixels",
+        "judge": f"{ASK} rubric omit mode chains model device temperature reasoning_tokens pixels",
         "python": "range kind target",
         "server": f"range {ASK} components batch cache",
         "clip_score": NETWORK,
@@ -54,9 +54,9 @@ REWARDS = {
     }.items()
 }
 JUDGE = "path records max_missing omit loss language batch per_prompt micro pixels dtype vision rank alpha mode chains validate_every"
-SERVE = "host port token_variable batch wait queue timeout max_body max_images max_pixels"
+SERVE = "host port token_variable batch wait queue timeout max_body max_images max_pixels device"
 KEYS = {
-    "run": "out seed steps checkpoint_every keep samples_every monitor_prompts threads report tracker",
+    "run": "out seed steps checkpoint_every keep samples_every monitor_prompts device threads report tracker",
     "world": "name task prompts text_dim resolution categories max_bad negative",
     "model": "path pipeline variant dtype base checkpointing",
     "model.architecture": "layers heads head_dim mlp_ratio rope_axes",
@@ -67,7 +67,7 @@ KEYS = {
     "scoring": "workers timeout retries backoff",
     "composition": "layers failing cap gates gated",
     "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
-    "optimizer": "kind lr warmup decay betas eps weight_decay clip ema max_skipped",
+    "optimizer": "kind impl lr warmup decay betas eps weight_decay clip ema max_skipped",
     "guidance": "scope form",
     "policy": "loss prompts group refill",
     "policy.timesteps": "count power skip_last",

@@ -46,7 +46,7 @@ def test_a_section_of_another_command_is_named():
     "override",
     [
         "run.seed=null", "run.seed=true", "run.seed=-1", "run.seed=18446744073709551616", "run.seed=1.5", "run.steps=0",
-        "run.steps=many", "run.out=null", "optimizer.lr=true", "optimizer.lr=.nan", "optimizer.lr=.inf",
+        "run.steps=many", "run.out=null", "run.device=gpu", "run.device=cuda:", "optimizer.impl=fused", "optimizer.lr=true", "optimizer.lr=.nan", "optimizer.lr=.inf",
         "optimizer.lr=0", "optimizer.betas=0.9", "optimizer.betas=[0.9]", "optimizer.betas=[0.9, true]",
         "optimizer.betas=[0.9, 1.0]", "flow.rescale=1", "flow.rescale=on please", "flow.sampler=sd", "flow.steps=1001",
         "flow.base_tokens=9000", "policy.loss=3", "advantage.weights=[1, 2]", "advantage.weights.digit=true",
@@ -74,6 +74,7 @@ def test_a_wrong_value_is_refused_and_named(override):
         (["policy.loss=grpo", "flow.sampler=sde", "policy.old=detach", "policy.epochs=2"], "use recompute"),
         (["policy.loss=grpo", "flow.sampler=sde", "policy.old=rollout", "flow.guidance=4"], "use recompute"),
         (["policy.minibatches=3"], "use 6 prompts"),
+        (["optimizer.kind=adamw_8bit", "optimizer.impl=torch"], "remove one of the two"),
         (["model.architecture.layers=2"], "remove one of the two"),
         (["model.path=null"], "name a model folder"),
     ],

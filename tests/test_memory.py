@@ -173,7 +173,7 @@ def test_a_gpu_that_is_too_small_is_told_before_loading_with_what_would_fit(
         tmp_path / "run", tiny_model, {"policy": {"micro_tokens": 3000, "prompts": 8, "group": 6}}, parts
     )
     need = plan(config)["memory"]["total"]
-    monkeypatch.setattr(planning, "gpu_memory", lambda: int(need * room))
+    monkeypatch.setattr(planning, "gpu_memory", lambda config: int(need * room))
     if advice is None:
         planning.refuse_too_large(config, 1)
     else:

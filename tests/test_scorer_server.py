@@ -22,8 +22,7 @@ from openai_server import Server as Sockets
 from tiny_runs import train_config
 
 from qirl.config import load
-from qirl.config_rewards import ServerOptions
-from qirl.config_sections import Serve
+from qirl.config_rewards import Serve, ServerOptions
 from qirl.data.images import encode
 from qirl.errors import UserError
 from qirl.policy import trainer as training

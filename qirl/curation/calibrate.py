@@ -50,7 +50,7 @@ def calibrate(config: CalibrateConfig, rewards: Sequence[Reward] = (), quiet: bo
     path = Path(config.run.out) / NAME
     check_writable(path.parent)
     if config.calibrate.ledger is not None:
-        ranks, ledger = start(), known_ledger(config)
+        ranks, ledger = start(device=config.run.device), known_ledger(config)
     else:
         probe = open_probe(config, rewards)
         ranks, ledger = probe.ranks, collect(probe, quiet)

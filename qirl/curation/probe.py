@@ -93,7 +93,7 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
     rewards: callables of qirl.rewards.protocol; none: the world's own. Raises UserError for a model, prompt file or
     budget that does not fit.
     """
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     prompts = candidates(config, world)
     need = largest_target(world.family, prompts) * _twice(config)
     if config.flow.rollout_tokens < need:
@@ -112,7 +112,9 @@ def open_probe(config: CurateConfig | CalibrateConfig, rewards: Sequence[Reward]
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     world.family.prepare(prompts, config.flow.guidance != 1)
-    return Probe(config, world.family, prompts, rewards_of(config, world.data, rewards), start())
+    return Probe(
+        config, world.family, prompts, rewards_of(config, world.data, rewards), start(device=config.run.device)
+    )
 
 
 def candidates(config: CurateConfig | CalibrateConfig, world: World) -> list[Prompt]:

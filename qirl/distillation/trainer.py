@@ -79,7 +79,7 @@ def prompts_by_task(config: DistillConfig, world: World) -> dict[str, PromptSamp
 def open_distiller(config: DistillConfig) -> Distiller:
     """Everything that can be refused is refused here, before weights are loaded and before the run folder is touched."""
     options, ranks = config.distill, world_size()
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     prompts = prompts_by_task(config, world)
     if options.prompts < ranks:
         raise UserError(f"distill.prompts={options.prompts} is smaller than the {ranks} ranks; use {ranks} or more")

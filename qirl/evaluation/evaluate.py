@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qirl.config import EvaluateConfig, to_dict
+from qirl.config import EvaluateConfig, load, to_dict
 from qirl.config_sections import Flow
 from qirl.config_sections import World as WorldOptions
 from qirl.data.prompts import Prompt
@@ -34,6 +34,7 @@ from qirl.models.folders import find_model, world_facts
 from qirl.models.weight_files import weight_files
 from qirl.models.weights import load_model
 from qirl.packing import cut
+from qirl.parallel.data import use_device
 from qirl.rewards.judge import held_out_judge
 from qirl.rewards.protocol import Reward
 from qirl.rewards.registry import identity, rewards_of
@@ -54,7 +55,7 @@ class Exam:
 
     @classmethod
     def of(cls, config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> Exam:
-        world, options = make_world(config.world, config.model), config.evaluation
+        world, options = make_world(config.world, config.model, config.run.device), config.evaluation
         chosen = balanced(world.data.prompts("held_out", config.world.prompts), options.prompts, options.seed)
         judge = held_out_judge() if world.data.name == "digits" else None
         return cls(world.family, chosen, rewards_of(config, world.data, rewards), judge)
@@ -79,7 +80,7 @@ def evaluate(config: EvaluateConfig, rewards: Sequence[Reward] = (), quiet: bool
 
 def check(config: EvaluateConfig) -> None:
     """Raises the UserErrors of an evaluation before anything slow begins."""
-    world, options = make_world(config.world, config.model), config.evaluation
+    world, options = make_world(config.world, config.model, config.run.device), config.evaluation
     prompts = world.data.prompts("held_out", config.world.prompts)
     need = largest_target(world.family, prompts) * (2 if any(g != 1 for g in options.guidance) else 1)
     if options.batch_tokens < need:
@@ -173,7 +174,7 @@ def open_model(config: EvaluateConfig, family: Family, guidance: Sequence[float]
     folder = check_model(config, family, guidance)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = use_device(config.run.device)
     return load_model(folder, DTYPES[config.model.dtype], device, variant=config.model.variant).eval()
 
 
@@ -233,18 +234,19 @@ def sample(
     seed: int = 0,
     text_dim: int | None = None,
     sources: Sequence[np.ndarray] = (),
+    device: str = "auto",
     **world: Any,
 ) -> np.ndarray:
     """One image per prompt, uint8 [n, H, W, 3]; prompt i draws the noise of (seed, i).
 
-    sources: images that every prompt edits. world: further options of `world`, such as resolution.
+    sources: images that every prompt edits. device: as `run.device`. world: further options of `world`, such as resolution.
     """
     facts = world_facts(find_model(model))
     own = {"text_dim": text_dim or facts.get("text_dim", WorldOptions().text_dim)}
     if is_pipeline(model, facts):
         own |= {"name": "prompts"}
-    config = EvaluateConfig(world=WorldOptions(**own, **world), model={"path": model})
-    family = make_world(config.world, config.model).family
+    config = load("evaluate", {"world": own | world, "model": {"path": model}, "run": {"device": device}})
+    family = make_world(config.world, config.model, config.run.device).family
     listed = [(Prompt(i, text, sources=tuple(sources)), 0) for i, text in enumerate(prompts)]
     for prompt, _ in listed:
         family.check(prompt)

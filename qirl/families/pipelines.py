@@ -41,7 +41,7 @@ def dimensions(area: int, ratio: float) -> tuple[int, int]:
 
 
 class PipelineFamily:
-    """See `qirl.families.Family`. folder: a pipeline as diffusers saves it."""
+    """See `qirl.families.Family`. folder: a pipeline as diffusers saves it; device: where its parts run."""
 
     name: str
     encoder: str  # class of the text encoder in transformers
@@ -51,12 +51,12 @@ class PipelineFamily:
     most_sources: int
     least_sources = 0
 
-    def __init__(self, folder: Path, options: Options, model: Model):
+    def __init__(self, folder: Path, options: Options, model: Model, device: torch.device):
         for package in ("diffusers", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"{folder} needs {package}: pip install 'qirl[pipelines]'")
         self.folder, self.resolution, self.unconditional = folder, options.resolution, options.negative
-        self.dtype, self.device = DTYPES[model.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype, self.device = DTYPES[model.dtype], device
         self.vae_config = read_json(folder / "vae/config.json")
         self._pipe: Any = None
         self._outline: Any = None  # the same for sketches

@@ -13,15 +13,18 @@ from qirl.families.pipelines import INDEX, read_json
 from qirl.families.qwen_image import PIPELINES, QwenImageFamily
 from qirl.families.qwen_image_21 import QwenImage21Family
 from qirl.models.folders import find_model, local, world_facts
+from qirl.parallel.data import run_device
 
 FAMILIES = {"QwenImage21Pipeline": QwenImage21Family, **dict.fromkeys(PIPELINES, QwenImageFamily)}
 
 
-def family_of(options: Options, model: Model | None = None) -> Family:
+def family_of(options: Options, model: Model | None = None, device: str = "auto") -> Family:
     """The digits' own, or that of the pipeline at model.path, or of the one that a trained model came from.
 
-    Raises UserError where there is no pipeline, or one of another class.
+    device: where its encoders and autoencoder run, as `run.device`. Raises UserError where there is no such device, no
+    pipeline, or one of another class.
     """
+    place = run_device(device)
     if options.name == "digits":
         return Digits(options.text_dim)
     if model is None or model.path is None:
@@ -32,7 +35,7 @@ def family_of(options: Options, model: Model | None = None) -> Family:
     name = read_json(folder / INDEX).get("_class_name")
     if name not in FAMILIES:
         raise UserError(f"{folder} is a {name}; qirl trains {', '.join(FAMILIES)}")
-    return FAMILIES[name](folder, options, model)
+    return FAMILIES[name](folder, options, model, place)
 
 
 def is_pipeline(path: str, facts: dict) -> bool:

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 
+from qirl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -42,26 +44,60 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start(always_mesh: bool = False) -> Ranks:
+def device_of(name: str, option: str = "run.device") -> torch.device:
+    """The device that an option names: "auto" (a GPU if there is one), "cpu", "cuda" (that of LOCAL_RANK), "cuda:1", ...
+
+    Raises UserError for a GPU that is not there.
+    """
+    here = torch.cuda.is_available()
+    if name == "cpu" or name == "auto" and not here:
+        return torch.device("cpu")
+    if not here:
+        raise UserError(f"{option}={name}, but torch finds no GPU here (see `qirl doctor`); use {option}=cpu, or auto")
+    _, _, given = name.partition(":")
+    index, count = int(given or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        which = f"{option}={name}" if given else f"{option}={name} of LOCAL_RANK {index}"
+        raise UserError(f"{which}: there are {count} GPUs here, cuda:0 to cuda:{count - 1}; use one of them, or cpu")
+    return torch.device("cuda", index)
+
+
+def run_device(name: str) -> torch.device:
+    """The device of `run.device` on this rank. Raises UserError as `device_of` does, and for one GPU for several ranks."""
+    if ":" in name and world_size() > 1:
+        raise UserError(
+            f"run.device={name} is one GPU for all {world_size()} ranks of torchrun; use run.device=cuda, which gives every "
+            "rank its own, or start one process"
+        )
+    return device_of(name)
+
+
+def use_device(name: str) -> torch.device:
+    """`run_device`, as the GPU on which this process computes from now on."""
+    device = run_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def start(always_mesh: bool = False, device: str = "auto") -> Ranks:
     """Joins the process group that torchrun describes (nccl on GPUs, gloo on CPUs).
 
-    always_mesh: one process gets a mesh too, for what FSDP does besides sharding (bfloat16 over float32 weights).
+    always_mesh: one process gets a mesh too, for what FSDP does besides sharding (bfloat16 over float32 weights). device: as
+    `run_device` takes it, and refuses it.
     """
     world, rank = world_size(), int(os.environ.get("RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    own = use_device(device)
     if world == 1 and not always_mesh:
-        return Ranks(device=device)
+        return Ranks(device=own)
     if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
+        backend = "nccl" if own.type == "cuda" else "gloo"
         if world > 1:
             dist.init_process_group(backend)
             atexit.register(leave_group)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(rank, world, device, init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)))
+    return Ranks(rank, world, own, init_device_mesh(own.type, (world,), mesh_dim_names=("dp",)))
 
 
 def leave_group() -> None:
@@ -105,7 +141,7 @@ def local_part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
     """The tensor that this rank holds of `parameter`."""
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def sharded_as(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def train(config: TrainConfig, rewards: Sequence[Reward] = (), quiet: bool = Fal
 
 def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
     """Everything that can be refused is refused here, before the first step and before the run folder is touched."""
-    world = make_world(config.world, config.model)
+    world = make_world(config.world, config.model, config.run.device)
     family, prompts = world.family, world.data.prompts("train", config.world.prompts)
     guided = world_facts(find_model(config.model.path)).get("unconditional", True)
     if config.flow.guidance != 1 and not guided:

@@ -36,7 +36,7 @@ def rewards_of(config, data, given: Sequence[Reward] = ()) -> list[Reward]:
 
     Raises UserError where other data is scored by nothing.
     """
-    found = list(given) or build(config.rewards)
+    found = list(given) or build(config.rewards, config.run.device)
     if not found and data.name != "digits":
         raise UserError(
             "no reward is named: add some under `rewards` in the config (`qirl options train rewards` lists their kinds), or "
@@ -58,17 +58,21 @@ def own_rewards(task: str) -> list[Reward]:
 
 
 def identity(options: Mapping[str, RewardOptions]) -> dict:
-    """The rewards of a config as plain data, apart from where and how patiently they are asked."""
-    return {name: own.model_dump(mode="json", exclude=set(Remote.model_fields)) for name, own in options.items()}
+    """The rewards of a config as plain data, apart from where and how patiently those are asked that may be elsewhere."""
+    where = {*Remote.model_fields, "device"}
+    return {
+        name: own.model_dump(mode="json", exclude=where if isinstance(own, Remote) else None)
+        for name, own in options.items()
+    }
 
 
-def build(options: Mapping[str, RewardOptions]) -> list[Reward]:
-    """The rewards of a config, in its order.
+def build(options: Mapping[str, RewardOptions], device: str = "auto") -> list[Reward]:
+    """The rewards of a config, in its order. device: where those run whose own is "auto", as `run.device`.
 
     Raises UserError for one that cannot be had (a package, weights, a server, a function), and for a component that two
     of them return.
     """
-    rewards = [_build(name, own) for name, own in options.items()]
+    rewards = [_build(name, _placed(own, device)) for name, own in options.items()]
     owners: dict[str, str] = {}
     for name, reward in zip(options, rewards, strict=True):
         for component in getattr(reward, "components", ()):
@@ -79,6 +83,11 @@ def build(options: Mapping[str, RewardOptions]) -> list[Reward]:
                 )
             owners[component] = name
     return rewards
+
+
+def _placed(options: RewardOptions, device: str) -> RewardOptions:
+    auto = getattr(options, "device", None) == "auto"
+    return options.model_copy(update={"device": device}) if auto else options
 
 
 def _build(name: str, options: RewardOptions) -> Reward:

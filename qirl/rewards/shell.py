@@ -77,7 +77,7 @@ def score(config: ServeConfig, given: str, out: str | None = None) -> tuple[Path
     source = Path(given)
     path = Path(out) if out else (source / "scores.jsonl" if source.is_dir() else source.with_suffix(".scores.jsonl"))
     check_writable(path.parent)
-    rows = score_with(build(config.rewards), samples, Scoring(timeout=config.serve.timeout))
+    rows = score_with(build(config.rewards, config.serve.device), samples, Scoring(timeout=config.serve.timeout))
     lines = [
         json.dumps({"image": name, "scores": {k: None if math.isnan(v) else v for k, v in row.items()}})
         for name, row in zip(names, rows, strict=True)
@@ -93,7 +93,7 @@ def check(config: ServeConfig, given: str) -> dict[str, dict[str, tuple[float, f
     source where nothing is edited) is left out.
     """
     samples, _ = read_samples(given)
-    rewards = build(config.rewards)
+    rewards = build(config.rewards, config.serve.device)
     scoring = Scoring(timeout=config.serve.timeout)
     real = score_with(rewards, samples, scoring)
     found: dict[str, dict[str, tuple[float, float]]] = {}

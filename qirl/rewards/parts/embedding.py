@@ -18,12 +18,8 @@ import torch
 
 from qirl.config_parts import AestheticOptions, ClipScoreOptions, PickScoreOptions, SimilarityOptions, Weights
 from qirl.errors import UserError
+from qirl.parallel.data import device_of
 from qirl.rewards.protocol import Sample, Scores
-
-
-def device_of(options: Weights) -> torch.device:
-    cuda = torch.cuda.is_available()
-    return torch.device(("cuda" if cuda else "cpu") if options.device == "auto" else options.device)
 
 
 class Embedder:
@@ -34,7 +30,7 @@ class Embedder:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise UserError(f"kind {options.kind} needs transformers ({error}): pip install 'qirl[rewards]'") from None
-        self.device = device_of(options)
+        self.device = device_of(options.device, "device")
         try:
             self.model = self._load(options).eval().to(self.device)
             self.clip = hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")

@@ -18,7 +18,8 @@ import torch
 
 from qirl.config_parts import HpsV3Options
 from qirl.errors import UserError
-from qirl.rewards.parts.embedding import MeasuredInBatches, device_of
+from qirl.parallel.data import device_of
+from qirl.rewards.parts.embedding import MeasuredInBatches
 from qirl.rewards.parts.preference import fill, head_of, read_state, renamed, under
 from qirl.rewards.protocol import Sample
 from qirl.rewards.vlm.processor import Processor
@@ -41,7 +42,7 @@ class HpsV3(MeasuredInBatches):
         self.processor = Processor.load(options.model, PIXELS, families=("qwen2_vl",), least=PIXELS)
         self.processor.tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN]})
         self.token = self.processor.tokenizer.convert_tokens_to_ids(TOKEN)
-        self.device, self._one = device_of(options), threading.Lock()
+        self.device, self._one = device_of(options.device, "device"), threading.Lock()
         self.model, self.head = load(options.model, options.weights, self.token, self.device)
 
     def _batch(self, samples: Sequence[Sample]) -> torch.Tensor:

@@ -26,7 +26,8 @@ from PIL import Image
 
 from qirl.config_parts import HpsV2Options, ImageRewardOptions
 from qirl.errors import UserError
-from qirl.rewards.parts.embedding import ClipScore, Embedder, MeasuredInBatches, device_of
+from qirl.parallel.data import device_of
+from qirl.rewards.parts.embedding import ClipScore, Embedder, MeasuredInBatches
 from qirl.rewards.protocol import Sample
 
 CHANNEL_MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])  # CLIP's
@@ -170,7 +171,7 @@ class ImageReward(MeasuredInBatches):
             self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         except (OSError, ValueError) as error:
             raise UserError(f"{options.model} has no tokenizer that transformers can load: {error}") from None
-        self.device, self._one = device_of(options), threading.Lock()
+        self.device, self._one = device_of(options.device, "device"), threading.Lock()
         self.vision, self.text, self.head = blip(read_state(options.weights), options.weights, self.device)
 
     def _batch(self, samples: Sequence[Sample]) -> torch.Tensor:

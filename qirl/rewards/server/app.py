@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from qirl.config_sections import Serve
+from qirl.config_rewards import Serve
 from qirl.errors import UserError
 from qirl.rewards.protocol import Reward, declared_noise
 from qirl.rewards.remote import token

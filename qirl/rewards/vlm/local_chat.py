@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qirl.parallel.data import device_of
 from qirl.rewards.vlm.processor import Processor, load_judge
 from qirl.rewards.vlm.reading import Written
 
@@ -23,11 +24,14 @@ class LocalChat:
         self._one = threading.Lock()
 
     @classmethod
-    def load(cls, folder: str | Path, pixels: int, reasoning_tokens: int, temperature: float) -> LocalChat:
-        """A model folder on the GPU if there is one (bfloat16 there). Raises UserError as `load_judge` does."""
-        cuda = torch.cuda.is_available()
+    def load(
+        cls, folder: str | Path, pixels: int, reasoning_tokens: int, temperature: float, device: str = "auto"
+    ) -> LocalChat:
+        """A model folder on a device, as `device_of` takes it; in bfloat16 on a GPU. Raises UserError as that and `load_judge`
+        do."""
+        place = device_of(device, "device")
         processor = Processor.load(folder, pixels)
-        model = load_judge(folder, torch.bfloat16 if cuda else torch.float32).to("cuda" if cuda else "cpu")
+        model = load_judge(folder, torch.bfloat16 if place.type == "cuda" else torch.float32).to(place)
         return cls(model, processor, reasoning_tokens, temperature)
 
     async def write(self, messages, images: Sequence[np.ndarray], prefix: str, stop: str, seed: int) -> Written:

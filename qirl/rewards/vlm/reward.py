@@ -39,7 +39,9 @@ class JudgeReward:
         else:
             from qirl.rewards.vlm.local_chat import LocalChat
 
-            self.chat = LocalChat.load(options.model, options.pixels, options.reasoning_tokens, options.temperature)
+            self.chat = LocalChat.load(
+                options.model, options.pixels, options.reasoning_tokens, options.temperature, options.device
+            )
 
     async def __call__(self, samples: Sequence[Sample]) -> list[Scores]:
         readings = await asyncio.gather(*(self.reading(sample) for sample in samples))
