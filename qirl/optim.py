@@ -19,14 +19,14 @@ from qirl.errors import UserError
 from qirl.parallel.data import local, sharded_as
 from qirl.run.checkpoint import adam_tensors
 
-_FUSED = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
     """Steps the trainable parameters of `model`.
 
-    fused: whether torch's fused AdamW decides on the device; None: where all parameters are on one other than the CPU, whose
-    loop sums in another order. Raises UserError as `check` does, and for weights that the implementation does not take.
+    fused: whether torch's fused AdamW decides on the device; None: where all parameters are on a GPU, for on the CPU it rounds
+    otherwise than the loop. Raises UserError for weights that the implementation does not take; `check` knows the rest.
     """
 
     def __init__(self, model: torch.nn.Module, options: Options, total_steps: int, fused: bool | None = None):
@@ -34,9 +34,8 @@ class Optimizer:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # what this rank holds of each: no implementation has to know of sharded tensors
         self.local = {name: local(p) for name, p in self.named.items()}
-        elsewhere = all(p.device.type != "cpu" for p in self.local.values())
-        torchs = options.kind == "adamw" and options.impl != "apex"
-        self.fused = torchs and (elsewhere if fused is None else fused)
+        on_gpu = all(p.device.type != "cpu" for p in self.local.values())
+        self.fused = options.kind == "adamw" and options.impl != "apex" and (on_gpu if fused is None else fused)
         self.adam = self._adam(list(self.local.values()))
 
     def _adam(self, parameters: list[torch.Tensor]):
@@ -95,7 +94,7 @@ class Optimizer:
         """The moments, sharded as their parameters, and step counts by parameter name, to save or to load into."""
         found = adam_tensors(self.adam, {own: name for name, own in self.local.items()})
         return {
-            name: {part: sharded_as(self.named[name], t) if part in _FUSED else t for part, t in state.items()}
+            name: {part: sharded_as(self.named[name], t) if part in _MOMENTS else t for part, t in state.items()}
             for name, state in found.items()
         }
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qirl.config_sections import Model
 from qirl.config_sections import World as Options
@@ -35,8 +36,8 @@ class QwenImageFamily(PipelineFamily):
     planes = ("input_channels", 3)
     patch, shared, rescale = 2, False, True
 
-    def __init__(self, folder: Path, options: Options, model: Model):
-        super().__init__(folder, options, model)
+    def __init__(self, folder: Path, options: Options, model: Model, device: torch.device):
+        super().__init__(folder, options, model, device)
         self.pipeline = read_json(folder / INDEX)["_class_name"]
         self.least_sources, self.most_sources = PIPELINES[self.pipeline]
 

@@ -141,7 +141,7 @@ def local_part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
     """The tensor that this rank holds of `parameter`."""
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def sharded_as(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
