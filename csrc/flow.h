@@ -76,8 +76,8 @@ struct TokenCall {
 
   // The row of token i; where it is out of range, row 0 and `known` false, so that no load waits for a branch.
   struct Own {
-    int64_t row;
-    bool known;
+    int64_t row = 0;
+    bool known = true;
   };
   QIRL_FN Own own(int64_t i) const {
     const bool known = row[i] >= 0 && row[i] < rows;
@@ -89,10 +89,12 @@ struct TokenCall {
   // 2 / n: the slope of a mean of squares over row r's elements.
   QIRL_FN float slope(int64_t r) const { return 2.0f / static_cast<float>(elements(r)); }
 
-  // use(c, first) for the channels c at which a thread's vectors begin; first: it is the thread's first.
+  // use(c, late) for the channels c at which a thread's vectors begin. late: now is the time for what the row says, if the
+  // thread waits for its loads; else that time is before.
   template <class T, class Use>
   QIRL_FN void over_channels(Lanes lanes, Use use) const {
-    for (int64_t c = lanes.lane * T::width; c < channels; c += lanes.count * T::width) use(c, c == lanes.lane * T::width);
+    for (int64_t c = lanes.lane * T::width; c < channels; c += lanes.count * T::width)
+      use(c, Lanes::waits && c == lanes.lane * T::width);
   }
 };
 
@@ -135,23 +137,28 @@ struct FlowStepCall : TokenCall {
   Noise noise;
   float *x_next, *squares;  // [tokens, channels]; [tokens] or null
 
+  // What token i's row says.
+  struct Row : Own {
+    Transition step;
+  };
+  QIRL_FN Row of(int64_t i) const {
+    const Own own = this->own(i);
+    return {{own.row, own.known && (!noisy || noise.fits(own.row, i))}, steps.at(own.row)};
+  }
+
   template <class T>
   QIRL_FN bool token(int64_t i, Lanes lanes) const {
     constexpr int V = T::width;
     const int64_t begin = i * channels;
     const float factor = v.template factor<typename T::Velocity, V>(begin, channels, lanes);
-    Own own{0, true};
-    Transition step{};
+    Row own = Lanes::waits ? Row{} : of(i);
     float square[V] = {};
-    over_channels<T>(lanes, [&](int64_t c, bool first) {
+    over_channels<T>(lanes, [&](int64_t c, bool late) QIRL_INLINE {
       float from[V], along[V], z[V] = {}, to[V];
       Vector<typename T::State, V>::load(x, begin + c, from);
       v.template combine<typename T::Velocity>(begin + c, along);
-      if (first) {
-        own = this->own(i);
-        own.known = own.known && (!noisy || noise.fits(own.row, i));
-        step = steps.at(own.row);
-      }
+      if (late) own = of(i);
+      const Transition step = own.step;
       if (noisy && step.std > 0) noise.draw(own.row, i, c, z);
       for (int j = 0; j < V; ++j) to[j] = step.on_x * from[j] + step.on_v * (factor * along[j]) + step.std * z[j];
       Vector<float, V>::store(to, x_next, begin + c);
@@ -248,7 +255,7 @@ struct PolicyCall : TokenCall {
   template <Policy kind, class T>
   QIRL_FN void forward(int64_t i, const Terms<kind>& terms, Lanes lanes) const {
     float sum[5][T::width] = {};
-    over_channels<T>(lanes, [&](int64_t c, bool) {
+    over_channels<T>(lanes, [&](int64_t c, bool) QIRL_INLINE {
       Loaded<T> own;
       load(i * channels + c, own);
       for (int j = 0; j < T::width; ++j) {
@@ -306,26 +313,33 @@ struct PolicyCall : TokenCall {
     coefficients[2 * r + 1] = static_cast<float>(on_b);
   }
 
+  // What token i's row says of the gradient.
+  template <Policy kind>
+  struct Slopes : Own {
+    Terms<kind> terms;
+    float on_a, on_b, on_kl;
+  };
+  template <Policy kind>
+  QIRL_FN Slopes<kind> of(int64_t i) const {
+    const Own own = this->own(i);
+    const int64_t r = own.row;
+    const float outer = dloss ? dloss[r] : 0.0f;
+    return {own, terms<kind>(r), outer * coefficients[2 * r], outer * coefficients[2 * r + 1],
+            v_ref && dkl ? dkl[r] * slope(r) : 0.0f};
+  }
+
   template <Policy kind, class T>
   QIRL_FN bool backward(int64_t i, Lanes lanes) const {
-    Own row{0, true};
-    Terms<kind> terms{};
-    float on_a = 0, on_b = 0, on_kl = 0;
-    over_channels<T>(lanes, [&](int64_t c, bool first) {
+    Slopes<kind> row = Lanes::waits ? Slopes<kind>{} : of<kind>(i);
+    over_channels<T>(lanes, [&](int64_t c, bool late) QIRL_INLINE {
       Loaded<T> own;
       load(i * channels + c, own);
-      if (first) {
-        row = this->own(i);
-        terms = this->terms<kind>(row.row);
-        const float outer = dloss ? dloss[row.row] : 0.0f;
-        on_a = outer * coefficients[2 * row.row], on_b = outer * coefficients[2 * row.row + 1];
-        on_kl = v_ref && dkl ? dkl[row.row] * slope(row.row) : 0.0f;
-      }
+      if (late) row = of<kind>(i);
       float gradient[T::width];
       for (int j = 0; j < T::width; ++j) {
         float a, b;
-        terms.at(own.now[j], own.old[j], own.one[j], own.two[j], a, b);
-        gradient[j] = on_a * a + on_b * b + on_kl * (own.now[j] - own.ref[j]);
+        row.terms.at(own.now[j], own.old[j], own.one[j], own.two[j], a, b);
+        gradient[j] = row.on_a * a + row.on_b * b + row.on_kl * (own.now[j] - own.ref[j]);
       }
       Vector<typename T::Velocity, T::width>::store(gradient, dv, i * channels + c);
     });
@@ -344,41 +358,47 @@ struct MatchCall : TokenCall {
   // The sum of token i.
   template <class T>
   QIRL_FN void forward(int64_t i, Lanes lanes) const {
+    const float factor = teacher.template factor<typename T::State, T::width>(i * channels, channels, lanes);
     float sum[T::width] = {};
-    away<T>(i, lanes, [&](int64_t, bool, const float(&error)[T::width]) {
-      for (int j = 0; j < T::width; ++j) sum[j] += error[j] * error[j];
+    over_channels<T>(lanes, [&](int64_t c, bool) QIRL_INLINE {
+      float away[T::width];
+      error<T>(i * channels + c, factor, away);
+      for (int j = 0; j < T::width; ++j) sum[j] += away[j] * away[j];
     });
     const float total = lanes.sum(sum_of(sum));
     if (lanes.lane == 0) sums[i] = total;
   }
 
+  // What token i's row says of the gradient.
+  struct Slope : Own {
+    float on;
+  };
+  QIRL_FN Slope of(int64_t i) const {
+    const Own own = this->own(i);
+    return {own, dloss[own.row] * slope(own.row)};
+  }
+
   template <class T>
   QIRL_FN bool backward(int64_t i, Lanes lanes) const {
-    Own row{0, true};
-    float on = 0;
-    away<T>(i, lanes, [&](int64_t at, bool first, float(&error)[T::width]) {
-      if (first) {
-        row = this->own(i);
-        on = dloss[row.row] * slope(row.row);
-      }
-      for (int j = 0; j < T::width; ++j) error[j] *= on;
-      Vector<typename T::Velocity, T::width>::store(error, dv, at);
+    const float factor = teacher.template factor<typename T::State, T::width>(i * channels, channels, lanes);
+    Slope row = Lanes::waits ? Slope{} : of(i);
+    over_channels<T>(lanes, [&](int64_t c, bool late) QIRL_INLINE {
+      float away[T::width];
+      error<T>(i * channels + c, factor, away);
+      if (late) row = of(i);
+      for (int j = 0; j < T::width; ++j) away[j] *= row.on;
+      Vector<typename T::Velocity, T::width>::store(away, dv, i * channels + c);
     });
     return row.known;
   }
 
-  // use(at, first, v - u) for the vectors of token i that are this thread's; each begins at element `at`.
-  template <class T, class Use>
-  QIRL_FN void away(int64_t i, Lanes lanes, Use use) const {
-    const int64_t begin = i * channels;
-    const float factor = teacher.template factor<typename T::State, T::width>(begin, channels, lanes);
-    over_channels<T>(lanes, [&](int64_t c, bool first) {
-      float error[T::width], target[T::width];
-      Vector<typename T::Velocity, T::width>::load(v, begin + c, error);
-      teacher.template combine<typename T::State>(begin + c, target);
-      for (int j = 0; j < T::width; ++j) error[j] -= factor * target[j];
-      use(begin + c, first, error);
-    });
+  // v - u of the vector that begins at element `at`.
+  template <class T>
+  QIRL_FN void error(int64_t at, float factor, float (&away)[T::width]) const {
+    float target[T::width];
+    Vector<typename T::Velocity, T::width>::load(v, at, away);
+    teacher.template combine<typename T::State>(at, target);
+    for (int j = 0; j < T::width; ++j) away[j] -= factor * target[j];
   }
 
   QIRL_FN void finish(int64_t r, const double (&total)[1]) const {

@@ -4,10 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
+#define QIRL_INLINE __attribute__((always_inline))  // of a lambda: g++ vectorises a loop around it only then
 #ifdef __CUDACC__
 #define QIRL_FN __host__ __device__ __forceinline__
 #else
-#define QIRL_FN inline __attribute__((always_inline))
+#define QIRL_FN inline QIRL_INLINE
 #endif
 
 namespace qirl {
@@ -65,6 +66,11 @@ struct Vector {
 // in an order that is fixed.
 struct Lanes {
   int lane = 0, count = 1;
+#ifdef __CUDA_ARCH__
+  static constexpr bool waits = true;  // for what it loads: what takes two loads is better asked for after the others
+#else
+  static constexpr bool waits = false;
+#endif
 
   QIRL_FN float sum(float x) const {
 #ifdef __CUDA_ARCH__

@@ -363,6 +363,48 @@ def calls(device):
 OPS = ["flow_step", "nft", "policy_ratio", "velocity_match", "group_advantage"]
 
 
+@pytest.mark.parametrize("others", [(5, 1), (1,) * 40, (20000, 9)], ids=["few", "many", "long"])
+def test_the_losses_of_a_sample_have_the_same_bits_whatever_shares_its_pack(device, others, request):
+    """Long rows, short ones and a row alone are summed by different numbers of blocks on CUDA."""
+    if "triton" in request.node.name and not GPU:
+        others = others[-2:] if max(others) < 1000 else (90, 9)  # the interpreter is slow
+    own, lengths = 700, (*others[:1], 700, *others[1:])
+    pack = slice(others[0], others[0] + own)
+    row, (v, v_old, ref), (first, second), _ = policy_inputs(lengths, 64, device, torch.bfloat16)
+    step, share = steps(3, device, "sde"), torch.tensor([0.2, 0.8, -1.5], device=device)
+    step, share = step.rows(torch.arange(len(lengths), device=device) % 3), share.repeat(len(lengths))[: len(lengths)]
+
+    def losses(at, row, step, share, lengths):
+        tensors = v[at], v_old[at], first[at], second[at], row
+        nft = policy_loss.nft(*tensors, step.t, share.clamp(0, 1), lengths, 0.7, True, 5.0, ref[at])
+        ratio = policy_loss.policy_ratio(*tensors, step, share, lengths, 0.1, 0.1, True, ref[at])
+        return *nft, *ratio, velocity_match(v[at], first[at], lengths, second[at], 3.0, True, row)
+
+    together = losses(slice(None), row, step, share, lengths)
+    one = torch.ones(1, dtype=torch.int64, device=device)
+    alone = losses(pack, torch.zeros_like(row[pack]), step.rows(one), share[one], (own,))
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[1:2], b)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["loss", "kl"])
+@pytest.mark.parametrize("op", ["nft", "policy_ratio"])
+def test_an_output_that_nobody_differentiates_counts_as_zero(device, op, place):
+    lengths = LENGTHS["odd"]
+    row, (v, v_old, ref), (first, second), share = policy_inputs(lengths, 16, device, torch.float32)
+    step, leaf = steps(3, device, "sde"), v.requires_grad_()
+    tensors = leaf, v_old, first, second, row
+    if op == "nft":
+        outputs = policy_loss.nft(*tensors, step.t, share, lengths, 0.7, False, 1.0, ref)
+    else:
+        outputs = policy_loss.policy_ratio(*tensors, step, share, lengths, 0.1, 0.1, False, ref)[:2]
+    ones = torch.ones_like(outputs[0])
+    weights = [ones * (k == place) for k in range(2)]
+    (one,) = torch.autograd.grad(outputs[place], leaf, ones, retain_graph=True)
+    (both,) = torch.autograd.grad(outputs, leaf, weights)
+    assert torch.equal(one, both) and one.any()
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_results_repeat_bit_for_bit_whatever_the_threads(device, op):
     call, threads = calls(device)[op], torch.get_num_threads()
