@@ -68,7 +68,7 @@ def op(name: str, model: Model, device) -> None:
 
 def _everything(function, work) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    outputs = tree_leaves(function(*work.inputs))
+    outputs = tree_leaves(function(*(x.clone() for x in work.inputs)))  # an op may work in place
     return [*outputs, *(gradients(function, work.inputs)() if work.backward else ())]
 
 

@@ -24,24 +24,24 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TARGETS = [Target(0, 2, 3), Target(0, 2, 3), Target(1, 3, 3)]
 
 
-def shared_model(lora=False):
+def shared_model(lora=False, device="cpu"):
     torch.manual_seed(0)
     model = QwenImage21(tiny_runs.architecture())
-    return equipped(model, lora)
+    return equipped(model, lora, device)
 
 
-def joint_model(lora=False):
+def joint_model(lora=False, device="cpu"):
     torch.manual_seed(0)
     config = QwenImageConfig(
         in_channels=tiny_runs.CHANNELS, out_channels=tiny_runs.CHANNELS // 4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=tiny_runs.TEXT_DIM, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    return equipped(QwenImage(config), lora)
+    return equipped(QwenImage(config), lora, device)
 
 
-def equipped(model, lora):
+def equipped(model, lora, device):
     for block in model.transformer_blocks:
-        block.attn.backend = None if torch.cuda.is_available() else DenseVarlen()
+        block.attn.backend = DenseVarlen() if device == "cpu" else None
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     if lora:
@@ -49,7 +49,7 @@ def equipped(model, lora):
         for name, p in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(p)
-    return model
+    return model.to(device)
 
 
 MODELS = {"2.1": (shared_model, True), "1.x": (joint_model, False)}
@@ -134,7 +134,7 @@ def test_padding_changes_nothing(name, references):
 def test_replayed_calls_give_the_models_own_results_and_gradients(name, lora, device):
     """Prompts of other lengths in every round, which share graphs; the first round is not captured."""
     make, shared = MODELS[name]
-    model = make(lora).to(device)
+    model = make(lora, device)
     runner = graphed(model, device)
 
     def run(call, texts, seed):
@@ -154,7 +154,7 @@ def test_replayed_calls_give_the_models_own_results_and_gradients(name, lora, de
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_seam_of_an_update_is_replayed_prefix_and_all(device):
-    model = shared_model(lora=True).to(device)
+    model = shared_model(True, device)
     runner = graphed(model, device)
 
     def run(call, seed):
@@ -179,7 +179,7 @@ def test_the_seam_of_an_update_is_replayed_prefix_and_all(device):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rollout_by_graphs_draws_the_same_images(name, device):
     make, shared = MODELS[name]
-    model = make().to(device).eval()
+    model = make(device=device).eval()
     runner = graphed(model, device)
     draws = philox.stream(0, [0, 0, 1], [0, 1, 0], 0, device)
     for seed in range(2):

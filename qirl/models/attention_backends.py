@@ -214,22 +214,29 @@ class Efficient(Varlen):
         return None if head_dim % 8 == 0 else "takes heads of a multiple of 8"
 
     def run(self, q, k, v, n, causal):
+        longest = self._longest(q, k, n)
         out, lse = aten._efficient_attention_forward(
-            q[None], k[None], v[None], None, n.q, n.k, *n.longest, 0.0, int(causal), True
+            q[None], k[None], v[None], None, n.q, n.k, *longest, 0.0, int(causal), True
         )[:2]
         sequence, token = n.places
         return out[0], lse[sequence, :, token]
 
     def run_backward(self, dout, q, k, v, out, lse, n, causal):
-        padded = lse.new_zeros(len(n.q) - 1, lse.shape[1], n.longest[0])
+        longest = self._longest(q, k, n)
+        padded = lse.new_zeros(len(n.q) - 1, lse.shape[1], -(-longest[0] // 32) * 32)  # as its forward pads
         sequence, token = n.places
         padded[sequence, :, token] = lse
         seed = torch.empty((), dtype=torch.int64)  # of dropout, which is off
         grads = aten._efficient_attention_backward(
-            dout[None], q[None], k[None], v[None], None, out[None], n.q, n.k, *n.longest, padded, 0.0, seed, seed,
+            dout[None], q[None], k[None], v[None], None, out[None], n.q, n.k, *longest, padded, 0.0, seed, seed,
             int(causal), False,
         )  # fmt: skip
         return tuple(grad[0] for grad in grads[:3])
+
+    @staticmethod
+    def _longest(q, k, n) -> tuple[int, int]:
+        """No longer than the tensors, as it asks for."""
+        return min(n.longest[0], len(q)), min(n.longest[1], len(k))
 
 
 class FlashAttn(Varlen):

@@ -132,6 +132,8 @@ class _Call:
         self.inputs = [x for x in (self.latents, self.t) if x is not None] + self.leaves
         self.static = facts(self.pack, owner._backend(pack))[1]
         self.last, self.number, self.grad = None, 0, torch.is_grad_enabled()
+        named = owner.model.named_parameters() if self.grad else ()
+        self.aliases = {name: p.detach().requires_grad_() for name, p in named if p.requires_grad}
         self.forward = owner.record(self._forward)
         self.backward = None
         if self.grad and any(x.requires_grad for x in self.outs):
@@ -142,8 +144,10 @@ class _Call:
     def _forward(self) -> None:
         for part in _parts(self.pack):
             part.memo.pop("rope", None)
+        model, inputs = self.owner.model, (self.pack, self.latents, self.t, self.past)
         with torch.set_grad_enabled(self.grad):
-            out = self.owner.model(self.pack, self.latents, self.t, self.past)
+            # parameters in tensors of their own: those of the model belong, for autograd, to the stream of calls before
+            out = torch.func.functional_call(model, self.aliases, inputs) if self.grad else model(*inputs)
         self.outs = [x for pair in out for x in pair] if self.latents is None else [out]
 
     def _backward(self) -> None:
@@ -151,7 +155,7 @@ class _Call:
         wanted = [x for x in self.leaves if x.requires_grad]
         outs = [(x, slope) for x, slope in zip(self.outs, self.slopes, strict=True) if x.requires_grad]
         found = torch.autograd.grad(
-            [x for x, _ in outs], [*wanted, *self.owner.gradients.parameters], [slope for _, slope in outs],
+            [x for x, _ in outs], [*wanted, *self.aliases.values()], [slope for _, slope in outs],
             allow_unused=True, retain_graph=self.latents is None,
         )  # fmt: skip
         slopes = iter(found)
