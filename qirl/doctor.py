@@ -113,6 +113,30 @@ def _csrc_cuda() -> str:
     return "loaded"
 
 
+def _attention() -> str:
+    import torch
+
+    from qirl.models.attention_backends import automatic
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return ", ".join(f"{automatic(device, getattr(torch, name), 128)} in {name}" for name in ("bfloat16", "float32"))
+
+
+def _fp8() -> str:
+    import torch
+
+    from qirl.errors import UserError
+    from qirl.models.fp8 import check_device
+
+    if not torch.cuda.is_available():
+        raise Missing("no GPU: a CPU computes it for tests")
+    try:
+        check_device(torch.device("cuda"), torch.bfloat16)
+    except UserError as error:
+        raise Missing(str(error)) from None
+    return "model.fp8=torch"
+
+
 def _transformer_engine() -> str:
     version = _found("transformer_engine", "transformer-engine", "pip install qirl[te]")
     try:
@@ -185,8 +209,10 @@ _PARTS = (
         "sampler step, losses, advantages and noise from PyTorch: slower, the noise several times",
     ),
     ("csrc, CUDA", _csrc_cuda, "sampler step, losses, advantages and noise from Triton"),
-    ("Transformer Engine", _transformer_engine, "nothing today: BF16 works, FP8 will need it"),
-    ("flash-attn", _flash_attention, "nothing today: attention runs torch's own flash kernels"),
+    ("attention", _attention, "nothing runs"),
+    ("products in 8 bits", _fp8, "no model.fp8; model.base=fp8 saves memory on any GPU"),
+    ("Transformer Engine", _transformer_engine, "no model.fp8=te; model.fp8=torch does without"),
+    ("flash-attn", _flash_attention, "no model.attention=flash_attn; cuDNN's and torch's kernels are there"),
     ("apex", _apex, "no optimizer.impl=apex; torch's fused AdamW gives the same numbers"),
     ("DALI", _dali, "nothing: Pillow decodes to the same pixels, about as fast"),
     ("NCCL, gloo", _collectives, "one process only; NCCL is what several GPUs need"),

@@ -7,6 +7,7 @@ encoders and the weights of rewards that run in this process.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,7 @@ def plan(config: Section, world_size: int = 1) -> dict:
     tokens, flops, memory = work(config, world, model, world_size)
     memory = {
         **_weights_memory(config, total, trainable, frozen, world_size),
+        **_eight_bits(config, model),
         **memory,
         **_images_memory(config, world),
     }
@@ -159,6 +161,20 @@ def _weights_memory(config: Section, total: int, trainable: int, frozen: int, ra
     parts |= {f"copy: {name}": share(trainable) for name in _copies(config)}
     gathered = ranks > 1 or config.model.dtype == "bfloat16" and not config.model.frozen
     return parts | ({"gathered weights": total * size} if gathered else {})
+
+
+def _eight_bits(config: Section, model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of the weights that `model.fp8=torch` keeps in 8 bits beside the frozen ones: for the forward, where those have
+    more bits, and transposed for the backward. Trained ones are quantised in passing."""
+    frozen = isinstance(config, DRAWING) or config.model.lora.rank
+    if config.model.fp8 != "torch" or not frozen:
+        return {}
+    weights = sum(
+        p.numel() for name, p in model.named_parameters()
+        if re.fullmatch(r"transformer_blocks\.\d+\..*weight", name) and "lora_" not in name and p.ndim == 2 and "_mod." not in name
+    )  # fmt: skip
+    forward, backward = config.model.base != "fp8", not isinstance(config, DRAWING)
+    return {"weights in 8 bits": weights * (forward + backward)}
 
 
 def _moments(config: Section, trainable: int, ranks: int) -> int:

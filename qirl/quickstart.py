@@ -23,6 +23,7 @@ from pathlib import Path
 from qirl import api
 from qirl import config as configuration
 from qirl.errors import UserError, nearest
+from qirl.parallel.data import run_device
 from qirl.paths import configs
 from qirl.run.cache import cached_folder, content_key
 from qirl.run.cache import folder as cache_folder
@@ -54,13 +55,10 @@ def quickstart(
     UserError for an option or a device that does not fit, before the first stage, and if `out` cannot be written or holds the stages of another seed or config.
     """
     from qirl import quickstart_results as results
-    from qirl.parallel.data import run_device
     from qirl.run.report import write_report
 
     folder = Path(out)
     recipes = load_recipes(folder, seed, overrides or {}, device)
-    for recipe in recipes.values():
-        run_device(recipe.run.device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,11 +108,13 @@ def load_recipes(
         "student": [base, *(f"distill.teachers.{name}.path={folder / name}" for name in ("t2i", "edit"))],
         "arena": [f"evaluation.models.{name}={folder / name}" for name in ("base", "t2i", "edit", "mix", "student")],
     }
+    graphs = f"run.graphs={'true' if run_device(device).type == 'cuda' else 'false'}"
+    common = [f"run.seed={seed}", f"run.device={device}", graphs]
     return {
         stage: configuration.load(
             STAGES[stage][0],
             configs() / f"digits/{STAGES[stage][1]}.yaml",
-            [f"run.out={folder / stage}", f"run.seed={seed}", f"run.device={device}", *own, *overrides.get(stage, ())],
+            [f"run.out={folder / stage}", *common, *own, *overrides.get(stage, ())],
         )
         for stage, own in wired.items()
     }

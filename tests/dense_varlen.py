@@ -5,6 +5,12 @@ import torch
 from qirl.models.attention_backends import Dense, Varlen
 
 
+class DenseByBlock(Dense):
+    """The formula, on images apart from text."""
+
+    by_block = True
+
+
 class DenseVarlen(Varlen):
     """What the varlen kernels of a GPU compute, sequence by sequence: given cumulative lengths and nothing else."""
 

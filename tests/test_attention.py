@@ -3,12 +3,16 @@
 import dataclasses
 
 import pytest
+import tiny_runs
 import torch
 import torch.nn.functional as F
-from dense_varlen import DenseVarlen
+from dense_varlen import DenseByBlock, DenseVarlen
 
-from qirl.models.attention import packed_attention
-from qirl.models.attention_backends import CpuFlash, Dense
+from qirl.errors import UserError
+from qirl.models.attention import Calls, packed_attention
+from qirl.models.attention_backends import BACKENDS as BACKENDS_BY_NAME
+from qirl.models.attention_backends import CpuFlash, Dense, automatic, use_attention
+from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, Target, pack
 
 HEADS, DIM = 2, 6
@@ -30,7 +34,7 @@ CASES = {
 }  # fmt: skip
 
 
-BACKENDS = [CpuFlash(), Dense(), DenseVarlen()]
+BACKENDS = [CpuFlash(), Dense(), DenseByBlock(), DenseVarlen()]
 
 
 def build(case):
@@ -145,3 +149,30 @@ def test_spans_that_leave_tokens_out_are_caught():
     q, k, v, _ = draw(packed.tokens, seed=5)
     with pytest.raises(AssertionError, match="cover"):
         packed_attention(q, k, v, None, None, dataclasses.replace(packed, own=packed.own[:-1], memo={}))
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_those_that_can():
+    model, device = QwenImage21(tiny_runs.architecture()), torch.device("cpu")
+    for name, why in (("cudnn", "needs a CUDA device"), ("flash_attn", "needs the package flash-attn")):
+        if BACKENDS_BY_NAME[name].refusal(device, torch.float32, 16) is None:
+            continue
+        with pytest.raises(
+            UserError, match=f"model.attention={name} {why}.*float32 with heads of 16 on cpu: use auto, cpu, dense"
+        ):
+            use_attention(model, name, device, torch.float32)
+    use_attention(model, "dense", device, torch.float32)
+    assert model.transformer_blocks[0].attn.backend is BACKENDS_BY_NAME["dense"]
+    assert automatic(device, torch.bfloat16, 128) == "cpu"
+
+
+def test_long_images_go_to_cudnn_and_text_does_not():
+    conditions = [
+        Condition(torch.zeros(40, 4), (torch.zeros(400, 4),), (("text", 30), ("image", 20, 20), ("text", 10)))
+    ]
+    fastest = BACKENDS_BY_NAME["fastest"]
+    for pad in (1, 128):
+        calls = Calls.of(pack(conditions, [Target(0, 20, 20)] * 2, pad=pad), "cpu", fastest.by_block)
+        chosen = [type(fastest._choice(call)).__name__ for call in (*calls.own, *calls.past)]
+        # own: text, images; the past of image and targets: text before and behind the image, the image
+        assert chosen[:2] == ["TorchFlash", "Cudnn"]
+        assert sorted(chosen[2:]) == ["Cudnn"] + ["TorchFlash"] * (len(chosen) - 3) and len(chosen) >= 5

@@ -10,8 +10,10 @@ Spans are gathered into as few calls as their masks allow (`Call`); qirl.models.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 
@@ -27,27 +29,29 @@ class Call:
     """Spans of one mask whose queries, and whose keys, are disjoint and in order.
 
     rows, key_rows: the tokens that they cover, in order: a slice where these are neighbours, else int64 indices.
-    varies: the pack is padded, so that packs of one shape differ in the lengths; keys may go on beyond the last span's.
+    images: its keys are images, whose sizes come again in other packs. varies: the pack is padded, so that packs of one shape differ in the lengths; keys may go on beyond the last span's.
     """
 
     spans: tuple[Span, ...]
     rows: Rows
     key_rows: Rows
-    varies: bool = False
+    images: bool
+    varies: bool
     memo: dict = field(default_factory=dict, repr=False, compare=False)  # what a backend makes of the lengths, once
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device, varies: bool, extent: int | None = None) -> Call:
+    def of(cls, spans: Sequence[Span], device, images: bool, varies: bool, extent: int | None = None) -> Call:
         queries = _rows_of([(s.q, s.count * s.q_len) for s in spans], device)
         keys = _rows_of([(s.k, s.count * s.k_len) for s in spans], device)
         if extent is not None and isinstance(keys, slice):
             keys = slice(keys.start, extent)
-        return cls(tuple(spans), queries, keys, varies)
+        return cls(tuple(spans), queries, keys, images, varies)
 
     def copy(self) -> Call:
         """The call with tensors of its own."""
         rows, keys = (x.clone() if isinstance(x, torch.Tensor) else x for x in (self.rows, self.key_rows))
-        return Call(self.spans, rows, keys, self.varies, {name: value.copy() for name, value in self.memo.items()})
+        memo = {name: value.copy() for name, value in self.memo.items()}
+        return dataclasses.replace(self, rows=rows, key_rows=keys, memo=memo)
 
     @property
     def causal(self) -> bool:
@@ -68,15 +72,38 @@ class Calls:
     past: tuple[Call, ...]
 
     @classmethod
-    def of(cls, pack: Pack, device) -> Calls:
-        """The calls of a pack, made once."""
-        if "attention" not in pack.memo:
+    def of(cls, pack: Pack, device, by_block: bool = False) -> Calls:
+        """The calls of a pack, made once. by_block: what precedes a block is seen image by image and text by text, so that
+        images, whose sizes come again, have calls of their own."""
+        name = "attention by block" if by_block else "attention"
+        if name not in pack.memo:
             kinds = [[s for s in pack.own if s.causal == causal] for causal in (True, False)]
-            pack.memo["attention"] = cls(
-                tuple(Call.of(spans, device, pack.lengths_vary) for spans in kinds if spans),
-                tuple(Call.of(own, device, pack.extent is not None, pack.extent) for own in _levels(pack.past)),
+            past = [_Past(level, True) for level in _levels(pack.past)]
+            if by_block:
+                past = [part for own in past for part in own.by_block()]
+            pack.memo[name] = cls(
+                tuple(Call.of(own, device, not own[0].causal, pack.lengths_vary) for own in kinds if own),
+                tuple(p.call(device, pack.extent) for p in past),
             )
-        return pack.memo["attention"]
+        return pack.memo[name]
+
+
+@dataclass(frozen=True)
+class _Past:
+    """Spans of one call on the prefix; text: their keys are text, or all kinds, of any length."""
+
+    spans: Sequence[Span]
+    text: bool
+
+    def call(self, device, extent: int | None) -> Call:
+        """extent: rows of the prefix, if it is padded."""
+        varies = self.text and extent is not None
+        return Call.of(self.spans, device, not self.text, varies, extent if varies else None)
+
+    def by_block(self) -> list[_Past]:
+        texts, images = zip(*(span.blocks() for span in self.spans), strict=True)
+        columns = [(each, kind) for parts, kind in ((texts, True), (images, False)) for each in zip_longest(*parts)]
+        return [_Past([s for s in each if s is not None], kind) for each, kind in columns]
 
 
 def _levels(spans: Sequence[Span]) -> list[list[Span]]:
@@ -119,7 +146,8 @@ def packed_attention(
     tokens that its `past` spans index, from an earlier prefill; None where they stand in k and v themselves. Returns
     [N, H, D]. Differentiable once in all five.
     """
-    return _PackedAttention.apply(q, k, v, past_k, past_v, Calls.of(pack, q.device), backend or backend_for(q))
+    backend = backend or backend_for(q)
+    return _PackedAttention.apply(q, k, v, past_k, past_v, Calls.of(pack, q.device, backend.by_block), backend)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -142,13 +170,15 @@ class _PackedAttention(torch.autograd.Function):
         dq, dk, dv = _join(calls.own, parts, len(q))
         inside = past_k is None
         past_keys, past_values = (k, v) if inside else (past_k, past_v)
-        dpast_k, dpast_v = (dk, dv) if inside else (torch.zeros_like(past_k), torch.zeros_like(past_v))
+        dpast = [dk, dv] if inside else [None, None]
         for call in calls.past:
-            of_q, of_k, of_v = ctx.backend.backward(dout, q, past_keys, past_values, out, lse, call)
+            of_q, *of_keys = ctx.backend.backward(dout, q, past_keys, past_values, out, lse, call)
             _add(dq, call.rows, of_q)
-            _add(dpast_k, call.key_rows, of_k)
-            _add(dpast_v, call.key_rows, of_v)
-        return dq, dk, dv, *((None, None) if inside else (dpast_k, dpast_v)), None, None
+            for place, part in enumerate(of_keys):
+                dpast[place] = _added(dpast[place], call.key_rows, part, past_keys)
+        if not inside:
+            dpast = [torch.zeros_like(past_k) if grad is None else grad for grad in dpast]
+        return dq, dk, dv, *((None, None) if inside else dpast), None, None
 
 
 def _join(calls: Sequence[Call], parts: Sequence[tuple[torch.Tensor, ...]], tokens: int) -> list[torch.Tensor]:
@@ -175,6 +205,16 @@ def _add(whole: torch.Tensor, rows: Rows, part: torch.Tensor) -> None:
         whole[rows.start : rows.start + len(part)].add_(part)  # rows may go on beyond what is covered
     else:
         whole.index_add_(0, rows, part)
+
+
+def _added(whole: torch.Tensor | None, rows: Rows, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`whole`, zeros where it is None, with `part` added to its rows."""
+    if whole is None:
+        if len(part) == len(like) and isinstance(rows, slice):
+            return part
+        whole = torch.zeros_like(like)
+    _add(whole, rows, part)
+    return whole
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:

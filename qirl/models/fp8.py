@@ -146,12 +146,12 @@ class _Fp8(torch.autograd.Function):
 
 
 def use_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts an Fp8Linear in place of every linear layer of the blocks.
+    """Puts an Fp8Linear in place of the linear layers of the blocks (`products_in`).
 
     Raises UserError for a GPU without 8-bit products, another dtype than bfloat16 on a GPU, and sizes that do not fit.
     """
-    _check(device, dtype)
-    for parent, name, linear in list(linears_of(model)):
+    check_device(device, dtype)
+    for parent, name, linear in products_in(model):
         if isinstance(linear, FrozenLinear) and linear.kind != "fp8":
             raise UserError(
                 f"model.base={linear.kind} cannot multiply in 8-bit floats; use model.base=fp8, or model.fp8=off"
@@ -164,7 +164,14 @@ def use_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         setattr(parent, name, Fp8Linear(linear))
 
 
-def _check(device: torch.device, dtype: torch.dtype) -> None:
+def products_in(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Linear layers of the blocks over tokens, with their parents and names. Modulations (1.x) stay exact: they have a row a
+    target, and every token depends on them."""
+    return [found for found in linears_of(model) if not isinstance(found[0], nn.Sequential)]
+
+
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError for a GPU without 8-bit products, and for a dtype that they do not give there."""
     if device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
@@ -198,7 +205,7 @@ def held(model: nn.Module):
 @contextlib.contextmanager
 def exact(model: nn.Module):
     """Inside the block all products are in the model's dtype: what 8 bits are compared with."""
-    layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+    layers = [m for m in model.modules() if hasattr(m, "exact")]
     for layer in layers:
         layer.exact = True
     try:

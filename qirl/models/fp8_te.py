@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qirl.errors import UserError
-from qirl.models.quantised import FrozenLinear, linears_of
+from qirl.models.fp8 import products_in
+from qirl.models.quantised import FrozenLinear
 
 ROWS = 16  # tokens are padded to a multiple of it
 
@@ -28,9 +29,12 @@ class TeLinear(nn.Linear):
         sizes = dict(tp_size=tp_group.size() if tp_group else 1, tp_group=tp_group, parallel_mode=parallel_mode)
         inner = te.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", **sizes)
         self.engine = te, recipe, [inner]  # a list: its parameters are none of this module's
+        self.exact = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, in] -> [N, out], in x's dtype."""
+        if self.exact:
+            return F.linear(x, self.weight, self.bias)
         te, recipe, [inner] = self.engine
         inner._parameters["weight"] = self.weight
         if self.bias is not None:
@@ -41,7 +45,7 @@ class TeLinear(nn.Linear):
 
 
 def use_te(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Puts a TeLinear in place of every linear layer of the blocks.
+    """Puts a TeLinear in place of the linear layers of the blocks (`fp8.products_in`).
 
     Raises UserError without Transformer Engine or a GPU that it serves, and for a base in 8 bits.
     """
@@ -59,7 +63,7 @@ def use_te(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
             f"model.fp8=te needs a GPU with 8-bit products ({why or 'this run is on a CPU'}); use model.fp8=off"
         )
     recipe = Float8CurrentScaling()
-    for parent, name, linear in list(linears_of(model)):
+    for parent, name, linear in products_in(model):
         if isinstance(linear, FrozenLinear):
             raise UserError(f"model.fp8=te takes no base in 8 bits (model.base={linear.kind}); use model.fp8=torch")
         setattr(parent, name, TeLinear(linear, te, recipe))

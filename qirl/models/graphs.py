@@ -227,7 +227,7 @@ def facts(pack: Pack, backend) -> tuple[Any, list[torch.Tensor]]:
         elif field.name not in ("own", "past", "memo"):
             key.append(value)
     for part in _parts(pack):
-        calls = Calls.of(part, pack.position.device)
+        calls = Calls.of(part, pack.position.device, backend.by_block)
         for call in (*calls.own, *calls.past):
             own, more = backend.facts(call, pack.position.device)
             rows = [x for x in (call.rows, call.key_rows) if isinstance(x, torch.Tensor)]
@@ -251,8 +251,9 @@ def copy_of(pack: Pack) -> Pack:
     fields = {f.name: getattr(pack, f.name) for f in dataclasses.fields(pack)}
     own = dataclasses.replace(pack, **{n: v.clone() for n, v in fields.items() if isinstance(v, torch.Tensor)}, memo={})
     for new, old in zip(_parts(own), _parts(pack), strict=True):
-        calls = old.memo["attention"]
-        new.memo["attention"] = Calls(*(tuple(map(Call.copy, each)) for each in (calls.own, calls.past)))
+        for name, calls in old.memo.items():
+            if isinstance(calls, Calls):
+                new.memo[name] = Calls(*(tuple(map(Call.copy, each)) for each in (calls.own, calls.past)))
     return own
 
 

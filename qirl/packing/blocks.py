@@ -78,7 +78,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Span:
-    """`count` attention calls of one shape: queries [q, q + count * q_len), keys [k, k + count * k_len)."""
+    """`count` attention calls of one shape: queries [q, q + count * q_len), keys [k, k + count * k_len).
+
+    images: (first key, length) of the images among a single call's keys, the others being text.
+    """
 
     q: int
     q_len: int
@@ -86,14 +89,27 @@ class Span:
     k_len: int
     causal: bool = False
     count: int = 1
+    images: tuple[tuple[int, int], ...] = ()
 
     def shifted(self, q: int, k: int) -> Span:
-        return dataclasses.replace(self, q=self.q + q, k=self.k + k)
+        images = tuple((first + k, length) for first, length in self.images)
+        return dataclasses.replace(self, q=self.q + q, k=self.k + k, images=images)
+
+    def blocks(self) -> tuple[list[Span], list[Span]]:
+        """The same queries on each run of text among the keys, and on each image."""
+        if not self.images:
+            return [self], []
+        text, start = [], self.k
+        for first, length in (*self.images, (self.k + self.k_len, 0)):
+            if first > start:
+                text.append(Span(self.q, self.q_len, start, first - start))
+            start = first + length
+        return text, [Span(self.q, self.q_len, first, length) for first, length in self.images]
 
     def follows(self, other: Span) -> bool:
         """True if this single span continues the run `other` with the same shape and stride."""
         return (
-            (self.q_len, self.k_len, self.causal) == (other.q_len, other.k_len, other.causal)
+            (self.q_len, self.k_len, self.causal, self.images) == (other.q_len, other.k_len, other.causal, ())
             and self.q == other.q + other.count * other.q_len
             and self.k == other.k + other.count * other.k_len
         )

@@ -142,9 +142,10 @@ class _Blocks:
         self.text_index, self.reference_index = [], []
         self.own, self.past = [], []
 
-    def add_prefix(self, prompt: int, condition: Condition) -> tuple[int, int, int, int]:
-        """Returns (start, length, next position, next block id) of the prefix."""
+    def add_prefix(self, prompt: int, condition: Condition) -> tuple[int, int, int, tuple]:
+        """Returns (start, length, next position, images as Span has them) of the prefix."""
         start, place, image = self.cursor, 0, 0
+        images = []
         for kind, *size in condition.layout:
             n = size[0] if kind == "text" else size[0] * size[1]
             if n == 0:
@@ -158,17 +159,19 @@ class _Blocks:
                 where, block, advance = image_positions(place, *size), image, max(size)
                 image += 1
             if self.cursor > start:
-                append_span(self.past, Span(self.cursor, n, start, self.cursor - start))
+                append_span(self.past, Span(self.cursor, n, start, self.cursor - start, images=tuple(images)))
+            if kind == "image":
+                images.append((self.cursor, n))
             self._add(n, where, prompt, block, target=-1, causal=kind == "text")
             place += advance
-        return start, self.cursor - start, place, image
+        return start, self.cursor - start, place, tuple(images)
 
-    def add_targets(self, prompt, targets, start, length, place, image):
+    def add_targets(self, prompt, targets, start, length, place, images):
         first = self.cursor
         for index, t in targets:
-            self._add(t.tokens, image_positions(place, t.height, t.width), prompt, image, index, causal=False)
+            self._add(t.tokens, image_positions(place, t.height, t.width), prompt, len(images), index, causal=False)
         if length:
-            append_span(self.past, Span(first, self.cursor - first, start, length))
+            append_span(self.past, Span(first, self.cursor - first, start, length, images=images))
 
     def _add(self, n, position, prompt, block, target, causal):
         append_span(self.own, Span(self.cursor, n, self.cursor, n, causal))

@@ -37,7 +37,7 @@ from qirl.policy.packs import Layout, lay_out
 from qirl.policy.refill import Drawn, refill
 from qirl.policy.sampling import sample_in_batches
 from qirl.policy.scoring import StepScores, gather_scores
-from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, velocities
+from qirl.policy.update import STATS, Batch, Experience, accumulate, drift, make_batch, rounding, velocities
 from qirl.rewards.protocol import Reward
 from qirl.rewards.registry import rewards_of
 from qirl.rewards.scorer import Scorer
@@ -244,6 +244,8 @@ def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -
     """All optimizer steps of one rollout; returns their metrics."""
     config, engine, policy = trainer.config, trainer.engine, trainer.config.policy
     parts = prepare(trainer, exp, slots)
+    layout, batches = parts[0][0]
+    record = rounding(engine.runner, layout, batches[0], config) if config.model.fp8 != "off" else {}
     rows, norms = [], []
     pairs = policy.prompts * policy.group * config.flow.steps
     for epoch in range(policy.epochs):
@@ -254,7 +256,8 @@ def update(trainer: Trainer, exp: Experience, slots: Sequence[int], step: int) -
     if trainer.old:
         engine.weights.blend("old", min(policy.nft.old_decay, policy.nft.old_ramp * step))
     ids, stats = gather_rows(torch.cat([i for i, _ in rows]), torch.cat([s for _, s in rows]).cpu(), engine.ranks)
-    return {**_summary(stats, policy.epochs), **engine.outcome(step, norms)}
+    monitored = {name: float(value) for name, value in record.items()}
+    return {**_summary(stats, policy.epochs), **monitored, **engine.outcome(step, norms)}
 
 
 def prepare(trainer: Trainer, exp: Experience, slots: Sequence[int]) -> Parts:
@@ -303,7 +306,7 @@ def _check_drift(trainer: Trainer, parts: Parts) -> None:
         return
     trainer.engine.notes["drift_checked"] = True
     values = [
-        drift(v, b)
+        drift(v, b.v_rollout, b)
         for layout, batches in itertools.chain(*parts)
         for v, b in zip(velocities(trainer.engine.runner, layout, batches, trainer.config), batches, strict=True)
     ]

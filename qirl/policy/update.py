@@ -13,6 +13,7 @@ from qirl.kernels import policy_loss
 from qirl.kernels.flow_step import MODES, Noise, Step, flow_step, guide, log_prob, mean_std
 from qirl.kernels.philox import LOSS, Stream, normal
 from qirl.models.architecture import Transformer
+from qirl.models.fp8 import exact
 from qirl.packing import Condition, PackedBatch, Target, send
 from qirl.policy.packs import Layout, Pair, Prefix
 
@@ -172,13 +173,25 @@ def accumulate(model: Transformer, layout: Layout, batches: Sequence[Batch], con
     return torch.cat(stats)
 
 
-def drift(v: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """|log-probability now - at the rollout| per pair: what `old: rollout` adds to every log ratio."""
+def drift(v: torch.Tensor, v_rollout: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """|log-probability by v - by v_rollout| per pair: what `old: rollout` adds to every log ratio."""
     values = []
-    for velocity in (v, batch.v_rollout):
+    for velocity in (v, v_rollout):
         mean, std = mean_std(batch.x, velocity, batch.row, batch.step)
         values.append(log_prob(batch.x_next, mean, std, batch.step.mode, batch.lengths))
     return (values[0] - values[1]).abs()
 
 
-__all__ = ["STATS", "Batch", "Experience", "accumulate", "drift", "make_batch", "velocities"]
+def rounding(model: Transformer, layout: Layout, batch: Batch, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """What products in 8 bits change on one pack, against the same weights in the model's dtype: the velocity's relative
+    error (norms), and with transitions the mean of |log ratio| between the two policies."""
+    [rounded] = velocities(model, layout, [batch], config)
+    with exact(model):
+        [v] = velocities(model, layout, [batch], config)
+    found = {"fp8/velocity_error": (rounded - v).float().norm() / v.float().norm()}
+    if batch.step is not None:
+        found["fp8/log_ratio_abs"] = drift(rounded, v, batch).mean()
+    return found
+
+
+__all__ = ["STATS", "Batch", "Experience", "accumulate", "drift", "make_batch", "rounding", "velocities"]
