@@ -73,7 +73,7 @@ class Rerun:
 
 
 def graphed(model, device):
-    return Graphed(model, Rerun() if device == "cpu" else None)
+    return Graphed(model, Rerun if device == "cpu" else None)
 
 
 def conditions(shared, lengths, seed=0, references=False):
@@ -149,7 +149,10 @@ def test_replayed_calls_give_the_models_own_results_and_gradients(name, lora, de
         mine = results(model, lambda texts=texts, seed=seed: run(runner, texts, seed))
         close(mine, results(model, lambda texts=texts, seed=seed: run(model, texts, seed)))
     if device == "cpu":
-        assert (runner.record.captured, runner.record.replayed) == (2, 10)  # forward and backward, five calls after one
+        assert (runner.passing.captured, runner.passing.replayed) == (
+            2,
+            10,
+        )  # forward and backward, five calls after one
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -216,6 +219,12 @@ def test_results_are_the_callers_own_and_a_later_backward_is_refused():
     assert torch.equal(first, kept)
     with pytest.raises(AssertionError, match="replayed again before its backward"):
         first.sum().backward()
+    last = runner(body, x, t)
+    with torch.no_grad():
+        for _ in range(2):
+            runner(body, x, t)
+    with pytest.raises(AssertionError, match="another graph was replayed before"):
+        last.sum().backward()
 
 
 def test_shapes_that_never_come_again_are_told_and_few_graphs_are_kept():
@@ -226,7 +235,7 @@ def test_shapes_that_never_come_again_are_told_and_few_graphs_are_kept():
         for target in sizes:
             body = pack(conditions(True, (3,)), [target], pad=runner.pad)
             runner(body, *inputs(body, 0))
-    assert len(runner.calls) == graphs.KEPT and runner.record.captured == 0
+    assert len(runner.calls) == graphs.KEPT and runner.passing.captured == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         runner(body, *inputs(body, 0))

@@ -33,17 +33,20 @@ ALONE = 64  # calls in a row whose shapes did not come again, before a warning
 class Graphed:
     """A model whose calls are replayed. It is called as the model is, and has its attributes.
 
-    record(run) captures what run() launches and returns what launches it again; None: CUDA graphs.
+    recorder: makes what captures, a class like CudaRecorder. There are two, with memory of their own: one for calls whose
+    results are used up, backward included, before the next call comes, and one for prefixes, whose activations must outlive
+    the calls between their forward and their backward.
     """
 
     pad = PAD
 
-    def __init__(self, model: Transformer, record: Callable | None = None):
-        self.model, self.record = model, record or CudaRecorder()
+    def __init__(self, model: Transformer, recorder: Callable | None = None):
+        recorder = recorder or CudaRecorder
+        self.model, self.passing, self.lasting = model, recorder(), recorder()
         self.calls: OrderedDict[Any, _Call | None] = OrderedDict()
         self.gradients = Gradients(model)
         self.switches = [m for m in model.modules() if isinstance(m, LoraLinear) or hasattr(m, "exact")]
-        self.alone = 0
+        self.alone, self.latest = 0, None
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -132,14 +135,16 @@ class _Call:
         self.inputs = [x for x in (self.latents, self.t) if x is not None] + self.leaves
         self.static = facts(self.pack, owner._backend(pack))[1]
         self.last, self.number, self.grad = None, 0, torch.is_grad_enabled()
+        self.lasts = self.latents is None and self.grad  # its activations outlive other calls
         named = owner.model.named_parameters() if self.grad else ()
         self.aliases = {name: p.detach().requires_grad_() for name, p in named if p.requires_grad}
-        self.forward = owner.record(self._forward)
+        record = owner.lasting if self.lasts else owner.passing
+        self.forward = record(self._forward)
         self.backward = None
         if self.grad and any(x.requires_grad for x in self.outs):
             owner.gradients.make()
             self.slopes = [torch.zeros_like(x) for x in self.outs]
-            self.backward = owner.record(self._backward)
+            self.backward = record(self._backward)
 
     def _forward(self) -> None:
         for part in _parts(self.pack):
@@ -151,12 +156,12 @@ class _Call:
         self.outs = [x for pair in out for x in pair] if self.latents is None else [out]
 
     def _backward(self) -> None:
-        """Gradients of the past, and the parameters' added up. A prefix keeps its activations, for other calls come before."""
+        """Gradients of the past, and the parameters' added up. Activations that last are kept, so that no graph reuses them."""
         wanted = [x for x in self.leaves if x.requires_grad]
         outs = [(x, slope) for x, slope in zip(self.outs, self.slopes, strict=True) if x.requires_grad]
         found = torch.autograd.grad(
             [x for x, _ in outs], [*wanted, *self.aliases.values()], [slope for _, slope in outs],
-            allow_unused=True, retain_graph=self.latents is None,
+            allow_unused=True, retain_graph=self.lasts,
         )  # fmt: skip
         slopes = iter(found)
         self.of_leaves = [next(slopes) if x.requires_grad else None for x in self.leaves]
@@ -170,13 +175,15 @@ class _Call:
         if inputs:
             with torch.no_grad():
                 torch._foreach_copy_(self.inputs, list(inputs))
+        if not self.lasts:
+            self.owner.latest = self
         if self.backward is None:
             self.forward()
             outs = [x.detach().clone() for x in self.outs]
         else:
             anchor = torch.zeros((), requires_grad=True)  # outputs need a gradient though no input may
             outs = _Replay.apply(self, anchor, *inputs[len(inputs) - len(self.leaves) :])
-        return outs[0] if self.latents is not None else list(zip(outs[::2], outs[1::2], strict=True))
+        return list(zip(outs[::2], outs[1::2], strict=True)) if self.latents is None else outs[0]
 
 
 class _Replay(torch.autograd.Function):
@@ -194,6 +201,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, *slopes):
         call = ctx.call
         assert ctx.number == call.number, "a graph was replayed again before its backward"
+        assert call.lasts or call.owner.latest is call, "another graph was replayed before this one's backward"
         for own, new in zip(call.slopes, slopes, strict=True):
             own.zero_() if new is None else own.copy_(new)
         call.owner.gradients.ready()
@@ -202,8 +210,7 @@ class _Replay(torch.autograd.Function):
 
 
 class CudaRecorder:
-    """Captures into CUDA graphs that share one pool of memory: no two of them hold results at the same time, apart from
-    a prefix between its forward and its backward, whose memory stays its own."""
+    """Captures into CUDA graphs that share one pool of memory, where a graph may write over what others left."""
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
