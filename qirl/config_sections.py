@@ -18,7 +18,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, values):
-        """YAML knows no tuples and reads 1e-4 as text: bring such values into the form that is meant."""
+        """YAML knows no tuples and reads 1e-4 as text and off as false: bring such values into the form that is meant."""
         if not isinstance(values, dict):
             return values
         return {k: _meant(cls.model_fields[k].annotation, v) if k in cls.model_fields else v for k, v in values.items()}
@@ -35,6 +35,8 @@ def _meant(kind: Any, value: Any) -> Any:
         )
     if get_origin(kind) is dict and isinstance(value, dict):
         return {k: _meant(args[1], v) for k, v in value.items()}
+    if get_origin(kind) is Literal and value is False and "off" in args:
+        return "off"
     if kind in (int, float) and isinstance(value, str):
         try:
             value = float(value)

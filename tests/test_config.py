@@ -149,6 +149,14 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     assert config.advantage.weights == {"digit": 0.1}
 
 
+def test_off_is_a_word_where_an_option_has_it_and_false_elsewhere(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {path: base, fp8: off}\nrun: {graphs: off}")
+    config = load("train", tmp_path / "c.yaml")
+    assert (config.model.fp8, config.run.graphs) == ("off", False)
+    assert load("train", RL | {"model": {"path": "base", "fp8": "torch"}}, ["model.fp8=off"]).model.fp8 == "off"
+    assert "model.fp8=true: should be 'off'" in refusal("train", RL, "model.fp8=on")
+
+
 def test_text_stays_text():
     assert load("train", RL, ["run.out=2024"]).run.out == "2024"
     assert load("train", RL, ["run.out=runs/a=b"]).run.out == "runs/a=b"

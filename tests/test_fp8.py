@@ -1,13 +1,23 @@
-"""Products in 8-bit floats: values and gradients against the rounded formula, what is quantised when, and refusals."""
+"""Products in 8-bit floats: values and gradients against the rounded formula, what is quantised when, runs, refusals."""
 
 import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_runs
 import torch
+import yaml
+from cli_runs import qirl
+from test_resume import ENVIRONMENT, assert_same, content, lines, stop_when
 from torch import nn
 
+from qirl.config import load
 from qirl.errors import UserError
+from qirl.evaluation.evaluate import evaluation_key
 from qirl.kernels import quantise_rows as file
 from qirl.kernels.quantise_rows import quantise_rows
 from qirl.models import fp8
@@ -19,6 +29,7 @@ from qirl.models.qwen_image_21 import QwenImage21
 from qirl.packing import Condition, Target, pack
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
+BRIGHT = Path(__file__).with_name("bright.py")
 
 
 def stood_for(x, dtype):
@@ -174,3 +185,53 @@ def test_the_reference_is_what_torch_rounds():
     x = torch.randn(3, 16)
     values, scale = file.reference([x], E4)
     assert torch.equal(values.float(), (x / scale).to(E4).float())
+
+
+def command(folder, model, *overrides):
+    """The arguments of `qirl train` for the tiny digits setup in `folder`/out, by SDE and grpo, scored by tests/bright.py."""
+    folder.mkdir(exist_ok=True)
+    own = {
+        "run": {"steps": 7, "checkpoint_every": 3, "samples_every": 4, "monitor_prompts": 2},
+        "model": {"path": str(model)},
+        "rewards": {"bright": {"kind": "python", "target": f"{BRIGHT}:bright"}},
+    }
+    values = tiny_runs.merge(tiny_runs.BASE, tiny_runs.SDE, own)
+    (folder / "c.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values))))
+    return ["train", str(folder / "c.yaml"), "--out", str(folder / "out"), *overrides]
+
+
+def finish(folder, model, *overrides):
+    """What a run that ends well left behind."""
+    code, _, err = qirl(*command(folder, model, *overrides))
+    assert code == 0, err
+    return content(folder)
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["all parameters", "adapters"])
+def test_a_run_in_8_bits_that_is_killed_ends_as_an_uninterrupted_one(rank, tmp_path, tiny_model):
+    options = "model.fp8=torch", f"model.lora.rank={rank}"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = finish(whole, tiny_model, *options)
+    process = subprocess.Popen([sys.executable, "-m", "qirl", *command(killed, tiny_model, *options)], env=ENVIRONMENT)
+    assert stop_when(process, lambda: lines(killed / "out/metrics.jsonl") >= 5) == -signal.SIGKILL
+    finish(killed, tiny_model, *options)
+    assert_same(killed, reference)
+    assert len(reference["metrics"]) == 7 and all(record["grad_norm"] > 0 for record in reference["metrics"])
+    assert (whole / "out/adapter").exists() == bool(rank)
+
+
+def test_the_ratio_is_one_before_the_first_update_of_a_run_in_8_bits(tmp_path, tiny_model):
+    """The old velocities come from passes of their own without gradients, so equal bits are no matter of course."""
+    ratios = lambda record: {record[f"ratio_{name}"] for name in ("min", "mean", "max")}  # noqa: E731
+    options = "policy.old=recompute", "run.steps=3"
+    records = finish(tmp_path / "one", tiny_model, "model.fp8=torch", *options)["metrics"]
+    assert [ratios(record) for record in records] == [{1.0}] * 3
+    first = finish(tmp_path / "two", tiny_model, "model.fp8=torch", *options, "policy.epochs=2")["metrics"][0]
+    assert len(ratios(first)) == 3  # the second pass comes after an update
+    plain = finish(tmp_path / "off", tiny_model, "model.fp8=off", *options)["metrics"][0]
+    assert 0 < abs(plain["reward/bright"] - records[0]["reward/bright"]) < 0.01  # rounded, and little
+
+
+def test_an_evaluation_in_8_bits_does_not_pass_for_one_without(tiny_model):
+    keys = {evaluation_key(load("evaluate", {"model": {"path": str(tiny_model), "fp8": f}})) for f in ("off", "torch")}
+    assert len(keys) == 2

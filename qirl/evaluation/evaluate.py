@@ -120,7 +120,7 @@ def evaluation_key(config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> st
     plain = {k: v for k, v in to_dict(config).items() if k in ("world", "flow", "evaluation")}
     plain["evaluation"] = {k: v for k, v in plain["evaluation"].items() if k not in ("guidance", "models")}
     plain |= {"rewards": uuid.uuid4().hex if rewards else identity(config.rewards)}
-    return content_key(plain, config.model.dtype, weights, qirl, qirl.kernels)
+    return content_key(plain, config.model.dtype, config.model.fp8, weights, qirl, qirl.kernels)
 
 
 def known_results(config: EvaluateConfig, rewards: Sequence[Reward] = ()) -> dict | None:
