@@ -192,7 +192,7 @@ def reads_of(values, room, monkeypatch) -> list[str]:
     """The files that a run opens for its prompts, on a GPU of `room` bytes (None: without one)."""
     reads, read_lines, opened = [], prompts.read_lines, images._opened
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "gpu_memory", lambda: room)
+        patch.setattr(planning, "gpu_memory", lambda config=None: room)
         patch.setattr(prompts, "LAST", {})
         patch.setattr(images, "_remembered", lambda file, _: images.read_image(file))  # nothing stays in memory
         patch.setattr(images, "_opened", lambda *given: reads.append(given[1]) or opened(*given))
