@@ -14,34 +14,54 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
 
+from qirl.config_parallel import Parallel
 from qirl.errors import UserError
+from qirl.parallel.mesh import Axis, Degrees, make_mesh
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` processes; mesh is None for one process."""
+    """This process among those that train together.
+
+    rank, world: its place among the data parallel ranks, which draw samples of their own; the ranks of `tp` share one model and
+    draw the same ones. grid: the mesh of all processes, None for one. mesh: the one that FSDP shards over, None where it does
+    not.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
     mesh: DeviceMesh | None = None
+    grid: DeviceMesh | None = None
+    data: Axis = Axis()
+    tp: Axis = Axis()
 
     @property
     def first(self) -> bool:
-        return self.rank == 0
+        """Whether this is the one process of all that writes."""
+        return self.rank == 0 and self.tp.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world * self.tp.size == 1
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if not self.alone:
             dist.barrier()
 
 
 def world_size() -> int:
     """The number of processes that torchrun announces, known before any of them has joined."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def data_ranks(parallel: Parallel, world: int | None = None) -> int:
+    """How many of `world` processes (None: torchrun's) draw samples of their own. Raises UserError as `Degrees.of` does."""
+    return Degrees.of(parallel, world_size() if world is None else world).dp
 
 
 def device_of(name: str, option: str = "run.device") -> torch.device:
@@ -80,13 +100,14 @@ def use_device(name: str) -> torch.device:
     return device
 
 
-def start(always_mesh: bool = False, device: str = "auto") -> Ranks:
+def start(always_mesh: bool = False, device: str = "auto", parallel: Parallel | None = None) -> Ranks:
     """Joins the process group that torchrun describes (nccl on GPUs, gloo on CPUs).
 
-    always_mesh: one process gets a mesh too, for what FSDP does besides sharding (bfloat16 over float32 weights). device: as
-    `run_device` takes it, and refuses it.
+    always_mesh: one data parallel rank gets a mesh too, for what FSDP does besides sharding (bfloat16 over float32 weights).
+    device: as `run_device` takes it, and refuses it. Raises UserError where `parallel` does not fit the number of processes.
     """
-    world, rank = world_size(), int(os.environ.get("RANK", 0))
+    world = world_size()
+    degrees = Degrees.of(parallel or Parallel(), world)
     own = use_device(device)
     if world == 1 and not always_mesh:
         return Ranks(device=own)
@@ -97,7 +118,9 @@ def start(always_mesh: bool = False, device: str = "auto") -> Ranks:
             atexit.register(leave_group)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(rank, world, own, init_device_mesh(own.type, (world,), mesh_dim_names=("dp",)))
+    grid = make_mesh(own.type, degrees)
+    data, tp = Axis.of(grid, "dp"), Axis.of(grid, "tp")
+    return Ranks(data.rank, data.size, own, grid["dp"] if data.size > 1 or always_mesh else None, grid, data, tp)
 
 
 def leave_group() -> None:
@@ -178,7 +201,7 @@ def gather_rows(ids: torch.Tensor, values: torch.Tensor, ranks: Ranks) -> tuple[
     if ranks.world > 1:
         table = table.to(ranks.device)
         parts = [torch.empty_like(table) for _ in range(ranks.world)]
-        dist.all_gather(parts, table)
+        dist.all_gather(parts, table, group=ranks.data.group)
         table = torch.cat(parts)
     table = table.cpu()[torch.argsort(table[:, 0].cpu())]
     return table[:, 0], table[:, 1:].contiguous().view(torch.float64)
@@ -186,7 +209,7 @@ def gather_rows(ids: torch.Tensor, values: torch.Tensor, ranks: Ranks) -> tuple[
 
 def agree(seam: bool, packs: int, ranks: Ranks) -> tuple[bool, int]:
     """(any rank needs the seam, the largest number of packs): every rank runs the same collectives in one order."""
-    if ranks.world == 1:
+    if ranks.alone:
         return seam, packs
     both = torch.tensor([int(seam), packs], device=ranks.device)
     dist.all_reduce(both, dist.ReduceOp.MAX)
