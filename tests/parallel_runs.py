@@ -1,10 +1,19 @@
 """What one of several gloo ranks does in the tests of parallelism, and returns."""
 
+import itertools
+
 import torch
 
 from qirl.config_parallel import Parallel
-from qirl.parallel.data import start
+from qirl.models import qwen_image, qwen_image_21
+from qirl.models.fp8 import use_fp8
+from qirl.models.lora import put_adapters
+from qirl.models.quantised import linears_of, quantise
+from qirl.parallel import collectives
+from qirl.parallel.data import Ranks, start
+from qirl.parallel.linear import Region
 from qirl.parallel.mesh import Axis, turned
+from qirl.parallel.sharding import Plan, Sharding
 
 
 def axes(rank: int) -> dict:
@@ -19,3 +28,81 @@ def axes(rank: int) -> dict:
         "turned": other.mesh.tolist(),
         "objects": ranks.tp.gather_objects(10 * ranks.rank + ranks.tp.rank),
     }
+
+
+KINDS = ("plain", "biased", "lora", "int8", "fp8")
+
+
+def mlp(kind: str, ranks: Ranks) -> tuple[torch.nn.Module, Sharding]:
+    """A model of one block with one feed-forward, and how it is cut. int8 and fp8 are a base under LoRA."""
+    torch.manual_seed(0)
+    model, block = torch.nn.Module(), torch.nn.Module()
+    if kind == "biased":
+        block.img_mlp = qwen_image.FeedForward(16, qwen_image.biased_linear)
+    else:
+        block.img_mlp = qwen_image_21.FeedForward(32, 64, qwen_image_21.plain_linear)
+    model.transformer_blocks = torch.nn.ModuleList([block])
+    column, row = ("proj", "gate_layer", "net.0.proj"), ("out", "net.2")
+    sharding = Sharding(Plan(*(tuple(f"img_mlp.{name}" for name in names) for names in (column, row))), ranks)
+    sharding.cut(model)
+    if kind == "int8":
+        weights = [layer.weight.data for _, _, layer in linears_of(model)]
+        quantise(model, "int8")
+        for (_, _, layer), weight in zip(linears_of(model), weights, strict=True):
+            layer.fill(weight)
+    if kind == "fp8":
+        use_fp8(model, torch.device("cpu"), torch.float32)
+    if kind in ("lora", "int8", "fp8"):
+        put_adapters(model, [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)], 4, 0.5)
+        train_adapters(model)
+        sharding.cut(model, adapters=True)
+    return model, sharding
+
+
+def train_adapters(model: torch.nn.Module) -> None:
+    """Adapters alone are trained, and B is away from zero, the same on every rank."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora_" in name)
+        if ".lora_B" in name:
+            p.data = torch.linspace(-1, 1, p.numel(), dtype=p.dtype).sin().view_as(p) * 0.2
+
+
+def feed_forwards(rank: int, tp: int) -> dict:
+    """{(kind, sequence): (y, gradient of x, whole gradients)} of a feed-forward over 5 tokens on `tp` ranks."""
+    ranks, found = start(device="cpu", parallel=Parallel(tp=tp)), {}
+    for kind, sequence in itertools.product(KINDS, (False, True)[:tp]):
+        model, sharding = mlp(kind, ranks)
+        module = model.transformer_blocks[0].img_mlp
+        if tp > 1:
+            Region(ranks.tp, sequence).feed_forward(module, module.net[2] if kind == "biased" else module.out)
+        x = torch.linspace(-2, 2, 5 * (16 if kind == "biased" else 32)).cos().view(5, -1).requires_grad_()
+        y = module(collectives.split(x, ranks.tp) if sequence else x)
+        y = collectives.join(y, ranks.tp, 5) if sequence else y
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        named = dict(model.named_parameters())
+        sharding.reduce(named)
+        grads = dict(sharding.wholes({n: p.grad for n, p in named.items() if p.grad is not None}))
+        found[kind, sequence] = y.detach(), x.grad, grads
+    return found
+
+
+def moves(rank: int) -> list:
+    """Per collective: what comes out of 5 rows on two ranks, and what its backward gives, each rank weighing by 1 + rank."""
+    axis, found = start(device="cpu", parallel=Parallel(tp=2)).tp, {}
+    whole = torch.arange(10.0).view(5, 2)
+    own = collectives.own_rows(whole, axis)
+    for name, x, run in (
+        ("copy", whole, lambda x: collectives.copy(x, axis)),
+        ("reduce", whole, lambda x: collectives.reduce(x, axis)),
+        ("split", whole, lambda x: collectives.split(x, axis)),
+        ("join", own, lambda x: collectives.join(x, axis, 5)),
+        ("gather", own, lambda x: collectives.gather(x, axis, 5)),
+        ("scatter", whole, lambda x: collectives.scatter(x, axis)),
+        ("columns", whole[:, rank : rank + 1], lambda x: collectives.gather_columns(x, axis, False)),
+        ("partial columns", whole[:, rank : rank + 1], lambda x: collectives.gather_columns(x, axis, True)),
+    ):  # fmt: skip
+        x = x.clone().requires_grad_()
+        y = run(x)
+        y.backward(torch.full_like(y, 1.0 + rank))
+        found[name] = y.detach(), x.grad
+    return found
