@@ -6,10 +6,15 @@ import torch
 
 from qirl.config_parallel import Parallel
 from qirl.models import qwen_image, qwen_image_21
+from qirl.models.architecture import recompute
 from qirl.models.fp8 import use_fp8
-from qirl.models.lora import put_adapters
+from qirl.models.lora import add_lora, put_adapters
 from qirl.models.quantised import linears_of, quantise
+from qirl.models.qwen_image import QwenImage, QwenImageConfig
+from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.packing import Condition, Target, pack_joint, pack_shared
 from qirl.parallel import collectives
+from qirl.parallel.apply import parallelise, sharding_of
 from qirl.parallel.data import Ranks, start
 from qirl.parallel.linear import Region
 from qirl.parallel.mesh import Axis, turned
@@ -105,4 +110,85 @@ def moves(rank: int) -> list:
         y = run(x)
         y.backward(torch.full_like(y, 1.0 + rank))
         found[name] = y.detach(), x.grad
+    return found
+
+
+def models() -> dict:
+    """A small transformer of each family with its packs and inputs: {family: (model, packs, latents, t)}."""
+    sizes = dict(num_layers=3, attention_head_dim=16, num_attention_heads=4, axes_dims_rope=(4, 6, 6))
+    single = QwenImage21Config(in_channels=6, out_channels=6, context_in_dim=10, mlp_ratio=2, **sizes)
+    dual = QwenImageConfig(in_channels=8, out_channels=2, joint_attention_dim=10, **sizes)
+    found = {}
+    for name, model, pack in (
+        ("single", lambda: QwenImage21(single), pack_shared), ("dual", lambda: QwenImage(dual), pack_joint),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        model = model()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        channels = model.config.in_channels
+        draw = lambda n, c: torch.randn(n, c, dtype=torch.float64)  # noqa: E731
+        conditions = [
+            Condition(draw(5, 10), (draw(6, channels),), (("text", 5), ("image", 2, 3))),
+            Condition(draw(3, 10), (), (("text", 3),)),
+        ]
+        targets = [Target(0, 2, 3), Target(0, 3, 3), Target(1, 2, 2)]
+        tokens = sum(t.tokens for t in targets)
+        packs = [pack(conditions, targets)]
+        if name == "single":  # behind the seam, the prefix is a pack of its own
+            packs += [pack(conditions, []), pack(conditions, targets, prefix=False)]
+        found[name] = model, packs, draw(tokens, channels), torch.rand(len(targets))
+    return found
+
+
+def prepared(model, ranks, sequence: bool, dtype, lora: bool, recomputed: str = "none"):
+    """The model of `models` as a run makes it: cut, with adapters, and parallel."""
+    sharding = sharding_of(model.config, ranks)
+    sharding.cut(model.to(dtype))
+    recompute(model, recomputed)
+    if lora:
+        add_lora(model, 3, 6.0, ("to_q", "to_k", "to_v", "to_out.0"))
+        train_adapters(model)
+    sharding.cut(model, adapters=True)
+    return parallelise(model, ranks, sequence), sharding
+
+
+def passes(model, sharding, packs, latents, t) -> list:
+    """[(velocity, {name: whole gradient})] of a pack with its prefix, and of one behind the seam."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    seen = []
+    for seam in (False, True)[: len(packs)]:
+        model.zero_grad()
+        past = model(packs[1]) if seam else ()
+        leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in past]
+        out = model(packs[2 if seam else 0], latents, t, leaves or None)
+        out.square().sum().backward()
+        if seam:
+            torch.autograd.backward([x for p in past for x in p], [x.grad for p in leaves for x in p])
+        sharding.reduce(named)
+        grads = {n: p.grad for n, p in named.items() if p.grad is not None}
+        seen.append((out.detach(), dict(sharding.wholes(grads))))
+    return seen
+
+
+CASES = [  # family, dtype, lora, recomputed
+    ("single", torch.float64, False, "none"),
+    ("single", torch.float64, True, "block"),
+    ("single", torch.float32, False, "attention"),
+    ("dual", torch.float64, False, "block"),
+    ("dual", torch.float64, True, "none"),
+    ("dual", torch.float32, False, "none"),
+]
+
+
+def transformers(rank: int, tp: int, sequences: tuple[bool, ...]) -> dict:
+    """{(case, sequence): what `passes` finds} on `tp` ranks."""
+    ranks = start(device="cpu", parallel=Parallel(tp=tp))
+    found = {}
+    for case in CASES:
+        family, dtype, lora, recomputed = case
+        for sequence in sequences:
+            model, packs, latents, t = models()[family]
+            model, sharding = prepared(model, ranks, sequence, dtype, lora, recomputed)
+            found[case, sequence] = passes(model, sharding, packs, latents.to(dtype), t)
     return found
