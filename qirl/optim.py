@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from qirl.config_sections import Optimizer as Options
 from qirl.errors import UserError
 from qirl.parallel.data import local, sharded_as
+from qirl.parallel.mesh import Axis
+from qirl.parallel.sharding import WHOLE, Sharding
 from qirl.run.checkpoint import adam_tensors
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,11 +28,18 @@ class Optimizer:
     """Steps the trainable parameters of `model`.
 
     fused: whether torch's fused AdamW decides on the device; None: where all parameters are on a GPU, for on the CPU it rounds
-    otherwise than the loop. Raises UserError for weights that the implementation does not take; `check` knows the rest.
+    otherwise than the loop. sharding: how tensor parallelism cuts them. Raises UserError for weights that the implementation does not take; `check` knows the rest.
     """
 
-    def __init__(self, model: torch.nn.Module, options: Options, total_steps: int, fused: bool | None = None):
-        self.options, self.total = options, total_steps
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        options: Options,
+        total_steps: int,
+        fused: bool | None = None,
+        sharding: Sharding = WHOLE,
+    ):
+        self.options, self.total, self.sharding = options, total_steps, sharding
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # what this rank holds of each: no implementation has to know of sharded tensors
         self.local = {name: local(p) for name, p in self.named.items()}
@@ -42,7 +51,7 @@ class Optimizer:
         o = self.options
         given = dict(lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         if o.kind == "adamw_8bit":
-            return _eight_bits(self.named.values())(parameters, **given)
+            return _eight_bits(self.named.values(), self.sharding)(parameters, **given)
         if o.impl == "apex":
             return ApexAdamW(parameters, **given)
         return torch.optim.AdamW(parameters, **given, fused=self.fused or None)
@@ -72,38 +81,64 @@ class Optimizer:
         return norm
 
     def _step_on_the_device(self) -> torch.Tensor:
-        norm = total_norm([p.grad for p in self.named.values() if p.grad is not None])
+        norm = self._norm()
         self.adam.grad_scale = ((norm + 1e-6) / self.options.clip).clamp(min=1).float()
         self.adam.found_inf = norm.isfinite().logical_not().float()
-        self._step_local()
+        self._give_local()
+        self.adam.step()
         return norm
 
     def _step_after_reading(self) -> torch.Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.options.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.sharding.axis.size > 1:
+            norm = self._norm()
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None])
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._give_local()
+        torch.nn.utils.clip_grads_with_norm_(self.local.values(), self.options.clip, norm)
         if norm.isfinite():
-            self._step_local()
+            self.adam.step()
         return norm
 
-    def _step_local(self) -> None:
+    def _norm(self) -> torch.Tensor:
+        """`total_norm`, over tensor parallel ranks too."""
+        grads = {name: p.grad for name, p in self.named.items() if p.grad is not None}
+        return total_norm(
+            *([grads[name] for name in names] for names in self.sharding.split(grads)), self.sharding.axis
+        )
+
+    def _give_local(self) -> None:
         for name, parameter in self.named.items():
             self.local[name].grad = None if parameter.grad is None else local(parameter.grad)
-        self.adam.step()
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The moments, sharded as their parameters, and step counts by parameter name, to save or to load into."""
         found = adam_tensors(self.adam, {own: name for name, own in self.local.items()})
+        placed = lambda name, t: self.sharding.view(name, sharded_as(self.named[name], t))  # noqa: E731
         return {
-            name: {part: sharded_as(self.named[name], t) if part in _MOMENTS else t for part, t in state.items()}
+            name: {part: placed(name, t) if part in _MOMENTS else t for part, t in state.items()}
             for name, state in found.items()
         }
 
 
-def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+def total_norm(
+    gradients: Sequence[torch.Tensor], cut: Sequence[torch.Tensor] = (), axis: Axis | None = None
+) -> torch.Tensor:
     """The 2-norm of all gradients together, float64 [], on their device and the same on every rank; no host waits for it.
 
-    Sharded ones count over every axis of their mesh that shards them, replicated ones once.
+    Sharded ones count over every axis of their mesh that shards them, replicated ones once. cut: those of which every rank of
+    `axis` has its own part besides.
     """
+    if axis is None or axis.size == 1:
+        return _squares([*gradients, *cut]).sqrt()
+    device = (*gradients, *cut)[0].device
+    both = [
+        _squares(some) if some else torch.zeros((), dtype=torch.float64, device=device) for some in (gradients, cut)
+    ]
+    return (both[0] + axis.all_reduce(both[1])).sqrt()
+
+
+def _squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     alike = defaultdict(list)
     for gradient in gradients:
         where = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
@@ -116,7 +151,7 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
             summed = [Partial() if place.is_shard() else Replicate() for place in placements]
             square = DTensor.from_local(square, mesh, summed, run_check=False).full_tensor()
         squares.append(square)
-    return torch.stack(squares).sum().sqrt()
+    return torch.stack(squares).sum()
 
 
 class ApexAdamW:
@@ -163,9 +198,9 @@ def check(options: Options, device: torch.device) -> None:
         ) from None
 
 
-def _eight_bits(parameters: Iterable[torch.Tensor]) -> type[torch.optim.Optimizer]:
+def _eight_bits(parameters: Iterable[torch.Tensor], sharding: Sharding) -> type[torch.optim.Optimizer]:
     """torchao's AdamW. Raises UserError without torchao, and for weights that are sharded."""
-    if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters):
+    if sharding.axis.size > 1 or any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters):
         raise UserError("optimizer.kind=adamw_8bit runs on one rank; several share the moments: use adamw")
     try:
         from torchao.optim import AdamW8bit

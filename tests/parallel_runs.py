@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from qirl.config_parallel import Parallel
+from qirl.config_sections import Optimizer as Options
 from qirl.models import qwen_image, qwen_image_21
 from qirl.models.architecture import recompute
 from qirl.models.fp8 import use_fp8
@@ -12,13 +13,15 @@ from qirl.models.lora import add_lora, put_adapters
 from qirl.models.quantised import linears_of, quantise
 from qirl.models.qwen_image import QwenImage, QwenImageConfig
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.optim import Optimizer
 from qirl.packing import Condition, Target, pack_joint, pack_shared
 from qirl.parallel import collectives
 from qirl.parallel.apply import parallelise, sharding_of
-from qirl.parallel.data import Ranks, start
+from qirl.parallel.data import Ranks, shard, sharded_as, start
 from qirl.parallel.linear import Region
 from qirl.parallel.mesh import Axis, turned
 from qirl.parallel.sharding import Plan, Sharding
+from qirl.run import checkpoint
 
 
 def axes(rank: int) -> dict:
@@ -191,4 +194,70 @@ def transformers(rank: int, tp: int, sequences: tuple[bool, ...]) -> dict:
             model, packs, latents, t = models()[family]
             model, sharding = prepared(model, ranks, sequence, dtype, lora, recomputed)
             found[case, sequence] = passes(model, sharding, packs, latents.to(dtype), t)
+    return found
+
+
+LAYOUTS = {  # options of `parallel`, and whether FSDP wraps one data parallel rank as well
+    "dp2 tp2": (dict(tp=2), False),
+    "dp4": (dict(), False),
+    "tp2": (dict(tp=2, sequence=True), False),
+    "tp2 in FSDP": (dict(tp=2), True),
+    "one": (dict(), False),
+}
+
+
+class Training:
+    """A transformer of `models` in float64 with its optimizer, trained on its own velocity, in a layout."""
+
+    def __init__(self, family: str, layout: str):
+        options, always_mesh = LAYOUTS[layout]
+        self.ranks = start(always_mesh, "cpu", Parallel(**options))
+        model, packs, latents, t = models()[family]
+        lora = family == "dual"
+        sequence = options.get("sequence", False)
+        self.model, self.sharding = prepared(model, self.ranks, sequence, torch.float64, lora)
+        shard(self.model, self.ranks, torch.float64)
+        self.named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = Optimizer(self.model, Options(lr=1e-2, clip=0.5, eps=1e-2), 9, sharding=self.sharding)
+        self.inputs = packs[0], latents, t
+
+    def update(self) -> float:
+        (self.model(*self.inputs).square().sum() / self.ranks.world).backward()
+        self.sharding.reduce(self.named)
+        return float(self.optimizer.step(0))
+
+    def tensors(self) -> dict:
+        return {"weights": self.sharding.views(self.named), "adam": self.optimizer.tensors()}
+
+    def wholes(self) -> dict[str, torch.Tensor]:
+        """Weights and moments, whole."""
+        moments = self.optimizer.tensors()
+        found = {n: w.clone() for n, w in self.sharding.wholes(self.named)}
+        for part in ("exp_avg", "exp_avg_sq"):
+            state = {n: sharded_as(self.named[n], own_part(tensors[part])) for n, tensors in moments.items()}
+            found |= {f"{n}/{part}": w.clone() for n, w in self.sharding.wholes(state)}
+        return found
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def layouts_in_turn(rank: int, folder: str, turns: list[tuple[str | None, str]]) -> dict:
+    """Per family and turn (checkpoint or None, layout): what was loaded, or trained from the start for one update; the norm and
+    the weights of the update that follows. Every turn's checkpoint is FOLDER/FAMILY/LAYOUT."""
+    found = {}
+    for family in ("single", "dual"):
+        for source, layout in turns:
+            run = Training(family, layout)
+            if source is None:
+                run.update()
+            else:
+                with torch.no_grad():
+                    for tensor in run.named.values():
+                        tensor.zero_()
+                checkpoint.load(f"{folder}/{family}/{source}/step_000001", run.tensors())
+            checkpoint.save(f"{folder}/{family}/{layout}", 1, run.tensors())
+            before = run.wholes()
+            found[family, (source, layout)] = before, run.update(), run.wholes()
     return found

@@ -156,10 +156,11 @@ def use_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
             raise UserError(
                 f"model.base={linear.kind} cannot multiply in 8-bit floats; use model.base=fp8, or model.fp8=off"
             )
-        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+        rows, columns = linear.weight.shape  # of this rank's part
+        if rows % MULTIPLE or columns % MULTIPLE:
             raise UserError(
-                f"model.fp8=torch takes weights of multiples of {MULTIPLE}; {name} has {linear.out_features} x "
-                f"{linear.in_features}: use model.fp8=off"
+                f"model.fp8=torch takes weights of multiples of {MULTIPLE}; {name} has {rows} x {columns} on a rank: use "
+                "model.fp8=off"
             )
         setattr(parent, name, Fp8Linear(linear))
 

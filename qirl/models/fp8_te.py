@@ -17,17 +17,14 @@ ROWS = 16  # tokens are padded to a multiple of it
 
 
 class TeLinear(nn.Linear):
-    """A linear layer that runs as te.Linear; its parameters are those of the layer it is made from, under their names.
+    """A linear layer that runs as te.Linear; its parameters are those of the layer it is made from, under their names."""
 
-    parallel_mode, tp_group: as te.Linear takes them, None without tensor parallelism.
-    """
-
-    def __init__(self, linear: nn.Linear, te, recipe, parallel_mode: str | None = None, tp_group=None):
+    def __init__(self, linear: nn.Linear, te, recipe):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        sizes = dict(tp_size=tp_group.size() if tp_group else 1, tp_group=tp_group, parallel_mode=parallel_mode)
-        inner = te.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta", **sizes)
+        rows, columns = self.weight.shape  # of this rank's part
+        inner = te.Linear(columns, rows, bias=self.bias is not None, device="meta")
         self.engine = te, recipe, [inner]  # a list: its parameters are none of this module's
         self.exact = False
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from qirl.errors import UserError
 from qirl.models.architecture import Transformer
@@ -19,6 +19,7 @@ from qirl.models.quantised import FrozenLinear, quantise
 from qirl.models.qwen_image import QwenImage, QwenImageConfig
 from qirl.models.qwen_image_21 import MakeLinear, QwenImage21, QwenImage21Config
 from qirl.models.weight_files import NAME, entry_file, is_index, saved_files, weight_files
+from qirl.parallel.sharding import Sharding
 
 CONFIG = "config.json"
 # the transformers that can be trained, by the classes that diffusers saves
@@ -62,9 +63,10 @@ def load_model(
     make_linear: MakeLinear | None = None,
     variant: str | None = None,
     base: str | None = None,
+    sharding: Sharding | None = None,
 ) -> Transformer:
     """A model with the weights of a diffusers folder. variant: see `weight_files`. base: "int8" or "fp8" for blocks that are
-    never trained (`quantised`).
+    never trained (`quantised`). sharding: this rank's parts, and it reads no others.
 
     Raises UserError for missing, truncated or misfit files and for weights that are not finite.
     """
@@ -72,27 +74,41 @@ def load_model(
         model = new_model(load_config(folder), make_linear)
     check_weights(model, folder, variant)
     model = model.to(dtype)
+    if sharding:
+        sharding.cut(model)
     if base:
         quantise(model, base)
     model = model.to_empty(device=device)
     wanted = model.state_dict()
     fills = {f"{name}.weight": m.fill for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
-    for name, value in read_weights(folder, variant):
+    for name, value in read_weights(folder, variant, sharding):
         with torch.no_grad():
             fills.get(name, wanted[name].copy_)(value)
     return model
 
 
-def read_weights(folder: str | Path, variant: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a diffusers folder by name, a file in memory at a time. Raises the UserErrors of `load_model`."""
+def read_weights(
+    folder: str | Path, variant: str | None = None, sharding: Sharding | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a diffusers folder by name, one in memory at a time: whole, or a rank's parts and no others.
+
+    Raises the UserErrors of `load_model`.
+    """
     for path in weight_files(folder, variant):
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
-        for name, value in tensors.items():
+        for name, value in _tensors(path, sharding):
             check_values(path, name, value)
             yield name, value
+
+
+def _tensors(path: Path, sharding: Sharding | None) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = sharding.part(name, tuple(file.get_slice(name).get_shape())) if sharding else ()
+                if part is not None:
+                    yield name, file.get_slice(name)[part] if part else file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
 
 
 def check_values(path: str | Path, name: str, value: torch.Tensor) -> None:

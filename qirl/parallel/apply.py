@@ -8,6 +8,7 @@ tokens between the blocks' parallel regions; embeddings and the output layer see
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 
 from qirl.models.qwen_image import QwenImage, QwenImageConfig
 from qirl.models.qwen_image_21 import QwenImage21, QwenImage21Config
+from qirl.packing import JointPack, Pack
 from qirl.parallel import collectives
 from qirl.parallel.data import Ranks
 from qirl.parallel.linear import Region
+from qirl.parallel.mesh import Axis
 from qirl.parallel.sharding import Plan, Sharding
 
 SINGLE_STREAM = Plan(
@@ -50,80 +53,113 @@ def parallelise(model: nn.Module, ranks: Ranks, sequence: bool) -> nn.Module:
 
 
 def single_stream(model: QwenImage21, region: Region) -> None:
-    """The transformer of 2.1."""
-    blocks = model.transformer_blocks
-    for block in blocks:
-        attn, mlp = block.attn, block.img_mlp
-        attn.register_forward_pre_hook(lambda _, a: (region.enter(a[0], len(a[1][0])), *a[1:]))
-        attn.keys_values = _entering(attn.keys_values, region)
-        region.row(attn.to_out[0])
-        region.feed_forward(mlp, mlp.out)
-    if not region.sequence:
-        return
-    axis = region.axis
-    # every block's tokens read the modulation on their own rank: one all-reduce of its gradient for all blocks
-    model.modulation.register_forward_hook(lambda _, inputs, out: collectives.copy(out, axis))
-    # the prefix goes no further than the last block's keys and values: tokens are whole between the last two blocks
-    whole = {0, len(blocks) - 1}, {len(blocks) - 2, len(blocks) - 1}
-    for index, block in enumerate(blocks):
-        if index in whole[0]:
-            block.register_forward_pre_hook(lambda _, a: (collectives.split(a[0], axis), *a[1:]))
-        block.register_forward_pre_hook(lambda _, a: (*a[:3], _own_rows_of(a[3], axis), a[4]))
-        if index in whole[1]:
-            block.register_forward_hook(lambda _, a, out: (collectives.join(out[0], axis, len(a[2][0])), out[1]))
-    blocks[-1].keys_values = _splitting(blocks[-1].keys_values, axis)
+    """The transformer of 2.1: a block takes (x, modulation, rope, pack, past), its attention (x, rope, pack, past)."""
+
+    def enter(_, inputs):
+        x, rope, *rest = inputs
+        return region.enter(x, len(rope[0])), rope, *rest
+
+    for block in model.transformer_blocks:
+        block.attn.register_forward_pre_hook(enter)
+        block.attn.keys_values = _entering(block.attn.keys_values, region)
+        region.row(block.attn.to_out[0])
+        region.feed_forward(block.img_mlp, block.img_mlp.out)
+    if region.sequence:
+        _cut_tokens_single(model, region.axis)
 
 
 def _entering(keys_values, region: Region):
     return lambda x, rope: keys_values(region.enter(x, len(rope[0])), rope)
 
 
-def _splitting(keys_values, axis):
-    def run(x, modulation, rope, row):
-        return keys_values(collectives.split(x, axis), modulation, rope, collectives.own_rows(row, axis))
+def _cut_tokens_single(model: QwenImage21, axis: Axis) -> None:
+    """Tokens are cut in the blocks. Between the last two they are whole: the prefix goes no further than the last block's keys
+    and values."""
 
-    return run
+    def split(_, inputs):
+        return collectives.split(inputs[0], axis), *inputs[1:]
 
+    def own_rows(_, inputs):
+        x, modulation, rope, pack, past = inputs
+        [row] = _own_rows(pack, [pack.row], axis)
+        return x, modulation, rope, dataclasses.replace(pack, row=row), past  # attention reads nothing of `row`
 
-def _own_rows_of(pack, axis):
-    """The pack as this rank's tokens are modulated by it; attention reads nothing of `row`."""
-    [row] = _own_rows(pack, [pack.row], axis)
-    return dataclasses.replace(pack, row=row)  # the memo is shared
+    def join(_, inputs, out):
+        x, pair = out
+        return collectives.join(x, axis, len(inputs[2][0])), pair
+
+    def keys_values(x, modulation, rope, row, own=model.transformer_blocks[-1].keys_values):
+        return own(collectives.split(x, axis), modulation, rope, collectives.own_rows(row, axis))
+
+    # each rank's tokens read the modulation: one all-reduce of its gradient, for all blocks
+    model.modulation.register_forward_hook(lambda _, inputs, out: collectives.copy(out, axis))
+    blocks = model.transformer_blocks
+    for index, block in enumerate(blocks):
+        if index in (0, len(blocks) - 1):
+            block.register_forward_pre_hook(split)
+        block.register_forward_pre_hook(own_rows)
+        if index >= len(blocks) - 2:
+            block.register_forward_hook(join)
+    blocks[-1].keys_values = keys_values
 
 
 def dual_stream(model: QwenImage, region: Region) -> None:
-    """The transformer of 1.x. Its modulations hold a third of its weights: they are cut too, and their rows put together."""
-    axis, blocks = region.axis, model.transformer_blocks
-    for block in blocks:
-        attn = block.attn
-        block.register_forward_pre_hook(lambda _, a: (*a[:2], collectives.copy(a[2], axis), *a[3:]))  # temb
-        attn.register_forward_pre_hook(lambda _, a: (*_streams(a, region), *a[2:]))
-        region.whole_column(block.img_mod[1])
-        region.whole_column(block.txt_mod[1])
-        region.row(attn.to_out[0])
-        region.row(attn.to_add_out)
-        region.feed_forward(block.img_mlp, block.img_mlp.net[2])
-        region.feed_forward(block.txt_mlp, block.txt_mlp.net[2])
-        if region.sequence:
-            block.register_forward_pre_hook(lambda _, a: (*a[:4], _own_rows(a[5], a[4], axis), *a[5:]))
+    """The transformer of 1.x: a block takes (image, text, temb, rope, rows, pack, last), its attention (image, text, rope, pack).
+
+    The blocks' modulations hold a third of the weights: they are cut too, and their rows put together on every rank.
+    """
+
+    def enter(_, inputs):
+        image, text, rope, pack = inputs
+        images, texts = _counts(pack)
+        return region.enter(image, images), region.enter(text, texts), rope, pack
+
+    def copy_time(_, inputs):
+        image, text, temb, *rest = inputs
+        return image, text, collectives.copy(temb, region.axis), *rest
+
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(copy_time)
+        for modulation in (block.img_mod, block.txt_mod):
+            region.whole_column(modulation[1])
+        block.attn.register_forward_pre_hook(enter)
+        for row in (block.attn.to_out[0], block.attn.to_add_out):
+            region.row(row)
+        for mlp in (block.img_mlp, block.txt_mlp):
+            region.feed_forward(mlp, mlp.net[2])
     if region.sequence:
-        blocks[0].register_forward_pre_hook(lambda _, a: (*(collectives.split(x, axis) for x in a[:2]), *a[2:]))
-        blocks[-1].register_forward_hook(lambda _, a, out: (collectives.join(out[0], axis, _counts(a[5])[0]), out[1]))
+        _cut_tokens_dual(model, region.axis)
 
 
-def _streams(inputs, region: Region) -> tuple[torch.Tensor, torch.Tensor]:
-    image, text, _, pack = inputs
-    images, texts = _counts(pack)
-    return region.enter(image, images), region.enter(text, texts)
+def _cut_tokens_dual(model: QwenImage, axis: Axis) -> None:
+    """Tokens of both streams are cut from the first block to the last."""
+
+    def split(_, inputs):
+        image, text, *rest = inputs
+        return collectives.split(image, axis), collectives.split(text, axis), *rest
+
+    def own_rows(_, inputs):
+        image, text, temb, rope, rows, pack, last = inputs
+        return image, text, temb, rope, _own_rows(pack, rows, axis), pack, last
+
+    def join(_, inputs, out):
+        image, text = out
+        return collectives.join(image, axis, _counts(inputs[5])[0]), text
+
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(own_rows)
+    model.transformer_blocks[0].register_forward_pre_hook(split)
+    model.transformer_blocks[-1].register_forward_hook(join)
 
 
-def _counts(pack) -> tuple[int, int]:
+def _counts(pack: JointPack) -> tuple[int, int]:
     """Tokens of images and of text."""
     texts = len(pack.text_row)
     return len(pack.order) - texts, texts
 
 
-def _own_rows(pack, rows, axis) -> tuple[torch.Tensor, ...]:
+def _own_rows(pack: Pack, rows: Sequence[torch.Tensor], axis: Axis) -> tuple[torch.Tensor, ...]:
+    """The rows of modulation of this rank's tokens, made once for a pack."""
     if "own rows" not in pack.memo:
         pack.memo["own rows"] = tuple(collectives.own_rows(row, axis) for row in rows)
     return pack.memo["own rows"]

@@ -12,9 +12,10 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -140,18 +141,22 @@ class Sharding:
     def views(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.view(name, tensor) for name, tensor in tensors.items()}
 
-    def wholes(self, state: Mapping[str, torch.Tensor], only: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors of a state dict, one after the other, whole and on the host; called on every rank, which has none but
-        the current one whole."""
-        names = self.axis.gather_objects([n for n in state if only is None or only in n])
+    def wholes(self, state: Mapping[str, torch.Tensor], holding: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a state dict whose names hold `holding`, whole, one after the other; called on every rank. Not every
+        rank has all of them (`Place.first`)."""
+        names = self.axis.gather_objects([name for name in state if holding in name])
         for name in dict.fromkeys(name for own in names for name in own):
-            tensor = state.get(name)
-            if tensor is not None:
-                tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-            dim = self.place(name).dim
-            if dim is not None:
-                parts = [torch.empty_like(tensor) for _ in range(self.axis.size)]
-                torch.distributed.all_gather(parts, tensor.contiguous(), group=self.axis.group)
-                tensor = torch.cat(parts, dim)
-            if tensor is not None:
-                yield name, tensor.cpu().clone()
+            if name in state:
+                tensor = state[name].detach()
+                yield name, self._whole(name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+    def _whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        dim = self.place(name).dim
+        if dim is None:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.axis.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.axis.group)
+        return torch.cat(parts, dim)
+
+
+WHOLE = Sharding()  # one rank has all of every parameter
