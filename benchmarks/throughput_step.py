@@ -91,8 +91,8 @@ class Step:
                 setting, self.architecture, torch.bfloat16 if setting.dtype == "bfloat16" else torch.float32
             )
 
-            def build(device, master: torch.dtype):
-                return random_model(self.architecture, config, device, model_dtype(config, master))
+            def build(sharding, master: torch.dtype):
+                return random_model(self.architecture, config, sharding.ranks.device, model_dtype(config, master))
 
             lora, frozen = bool(config.model.lora.rank), config.model.frozen
             self.engine = Engine.around(build, config, config.model.dtype, lora=lora, frozen=frozen)

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError, model_validator
 
 from qirl import config_file
+from qirl.config_parallel import Parallel
 from qirl.config_rewards import Categorise, Judge, RewardOptions, Serve
 from qirl.config_sections import (
     Advantage,
@@ -70,6 +71,7 @@ class ModelConfig(Section):
 class PretrainConfig(ModelConfig):
     """`qirl pretrain`: a base model by flow matching."""
 
+    parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
     pretrain: Pretrain = Pretrain()
 
@@ -103,6 +105,7 @@ class RewardedConfig(ModelConfig):
 class TrainConfig(RewardedConfig):
     """`qirl train`: reinforcement learning of a model against rewards."""
 
+    parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
     guidance: Guidance = Guidance()
     policy: Policy = Policy()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from qirl.config import DistillConfig, PretrainConfig, TrainConfig, to_dict
+from qirl.config_parallel import Parallel
 from qirl.config_rewards import Remote
 from qirl.config_sections import Section
 from qirl.errors import UserError
@@ -30,7 +31,10 @@ from qirl.models.quantised import LARGEST
 from qirl.models.weights import Config, load_config, load_model, new_model, read_weights, save_model
 from qirl.optim import Optimizer
 from qirl.optim import check as check_optimizer
-from qirl.parallel.data import Ranks, agree, shard, start
+from qirl.parallel.apply import parallelise, sharding_of
+from qirl.parallel.data import Ranks, agree, shard, start, world_size
+from qirl.parallel.mesh import Degrees
+from qirl.parallel.sharding import WHOLE, Sharding
 from qirl.policy.weights import Weights
 from qirl.run import checkpoint, lock
 from qirl.run.folder import RunFolder, write_json
@@ -50,23 +54,32 @@ def model_config(config: Section, family: Family) -> Config:
     return found
 
 
-def build_model(config: Section, family: Family, device, master: torch.dtype) -> Transformer:
+def build_model(config: Section, family: Family, sharding: Sharding, master: torch.dtype) -> Transformer:
+    """The run's model on this rank's device: its parts of every weight."""
+    device = sharding.ranks.device
     if config.model.path is not None:
-        base = config.model.base if config.model.base in LARGEST else None
-        return load_model(find_model(config.model.path), master, device, variant=config.model.variant, base=base)
+        base, folder = config.model.base if config.model.base in LARGEST else None, find_model(config.model.path)
+        return load_model(folder, master, device, variant=config.model.variant, base=base, sharding=sharding)
     model = new_model(model_config(config, family))
     initialise(model, config.run.seed)
-    return model.to(device, master)
+    return sharding.cut(model).to(device, master)
 
 
-def equip(model: Transformer, config: Section) -> Transformer:
-    """What a run puts on its model, in place: how it computes, activation checkpointing, and the adapters of LoRA."""
+def equip(model: Transformer, config: Section, sharding: Sharding = WHOLE) -> Transformer:
+    """What a run puts on its model, in place: how it computes, activation checkpointing, the adapters of LoRA, and what
+    tensor parallel ranks say to each other."""
     compute_as(model, config.model)
     recompute(model, config.model.checkpointing)
     lora = config.model.lora
     if lora.rank:
         add_lora(model, lora.rank, lora.alpha, lora.targets, config.run.seed)
-    return model
+        sharding.cut(model, adapters=True)
+    return parallelise(model, sharding.ranks, parallel_of(config).sequence)
+
+
+def parallel_of(config: Section) -> Parallel:
+    """The layout of a run; runs without the section are data parallel."""
+    return getattr(config, "parallel", Parallel())
 
 
 def initialise(model: Transformer, seed: int) -> None:
@@ -94,50 +107,54 @@ class Engine:
     trackers: Trackers | None = None  # opened by `resume`, which knows the step they go on from
     notes: dict = field(default_factory=dict)  # JSON-able facts that a run learns and a checkpoint keeps
     runner: Transformer | Graphed | None = None  # what is called as the model: itself, or its graphs
+    sharding: Sharding = WHOLE
 
     def __post_init__(self):
-        self.runner = self.runner or runner_of(self.model, self.config, self.ranks.mesh is not None)
+        self.runner = self.runner or runner_of(self.model, self.config, self.ranks.grid is not None)
 
     @classmethod
     def open(cls, config: PretrainConfig | TrainConfig | DistillConfig, family: Family) -> Engine:
         """Checks what can be checked, then builds the model and opens (or re-opens) the run folder."""
-        model_config(config, family)
-        frozen = config.model.frozen
+        architecture, frozen = model_config(config, family), config.model.frozen
+        Degrees.of(parallel_of(config), world_size()).check(architecture)
 
-        def build(device, master: torch.dtype) -> Transformer:
-            model = build_model(config, family, device, DTYPES[config.model.dtype] if frozen else master)
-            return equip(model, config)
+        def build(sharding: Sharding, master: torch.dtype) -> Transformer:
+            model = build_model(config, family, sharding, DTYPES[config.model.dtype] if frozen else master)
+            return equip(model, config, sharding)
 
-        return cls.around(build, config, config.model.dtype, lora=bool(config.model.lora.rank), frozen=frozen)
+        cut = partial(sharding_of, architecture)
+        return cls.around(build, config, config.model.dtype, lora=bool(config.model.lora.rank), frozen=frozen, cut=cut)
 
     @classmethod
     def around(
         cls, build: Callable, config: Section, dtype: str, lora: bool = False, blocks: Callable | None = None,
-        frozen: bool = False,
+        frozen: bool = False, cut: Callable | None = None,
     ):  # fmt: skip
-        """The engine of the model that build(device, dtype of the weights) makes, sharded and in its run folder.
+        """The engine of the model that build(sharding, dtype of the weights) makes, sharded and in its run folder.
 
         dtype: a key of DTYPES, which it computes in. blocks(model): as `shard` takes them. frozen: the weights are in `dtype`
-        already, apart from float32 adapters: one rank then needs no FSDP, which would keep a second copy of them.
+        already, apart from float32 adapters: one rank then needs no FSDP, which would keep a second copy of them. cut(ranks):
+        the Sharding of tensor parallelism, None for a model that has none.
         """
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         half = DTYPES[dtype] == torch.bfloat16
-        ranks = start(always_mesh=half and not frozen, device=config.run.device)
+        ranks = start(always_mesh=half and not frozen, device=config.run.device, parallel=parallel_of(config))
+        sharding = cut(ranks) if cut else Sharding(ranks=ranks)
         check_optimizer(config.optimizer, ranks.device)
         values, out = to_dict(config), config.run.out
         fix = f"cannot write the run folder {out}; choose another out folder"
         rules = dict(free_keys=FREE_KEYS, rising_keys=RISING_KEYS, defaults=to_dict(type(config).model_construct()))
         check = partial(RunFolder.check, out, values, **rules)
         checkpoint.together(lambda: check() if ranks.first else None, fix)  # a refusal ends every rank
-        model = build(ranks.device, torch.float32 if half else DTYPES[dtype])
+        model = build(sharding, torch.float32 if half else DTYPES[dtype])
         folders = []
         open_folder = partial(RunFolder.open, out, values, **rules)
         checkpoint.together(lambda: folders.append(open_folder(writer=ranks.first)), fix)
         folder = folders[0]
         shard(model, ranks, DTYPES[dtype], blocks(model) if blocks else None)
         weights = Weights(model, lora)
-        optimizer = Optimizer(model, config.optimizer, config.run.steps)
+        optimizer = Optimizer(model, config.optimizer, config.run.steps, sharding=sharding)
         if config.optimizer.ema:
             weights.keep("ema")
         return cls(
@@ -149,12 +166,14 @@ class Engine:
             optimizer,
             JsonLines(folder.metrics),
             JsonLines(folder.scores),
+            sharding=sharding,
         )
 
     def tensors(self) -> dict:
         """Everything of the run that a checkpoint must hold."""
-        copies = {name: copy for name, copy in self.weights.copies.items() if name != "reference"}
-        return {"weights": self.weights.current, "copies": copies, "adam": self.optimizer.tensors()}
+        views = self.sharding.views
+        copies = {name: views(copy) for name, copy in self.weights.copies.items() if name != "reference"}
+        return {"weights": views(self.weights.current), "copies": copies, "adam": self.optimizer.tensors()}
 
     def save(self, step: int) -> None:
         extra = {"step": step, "notes": self.notes}
@@ -228,6 +247,7 @@ class Engine:
 
         A norm that is not finite has changed nothing. It is on the device, like all of this on a GPU: `outcome` reads it.
         """
+        self.sharding.reduce(self.weights.current)
         norm = self.optimizer.step(step)
         if self.config.optimizer.ema:
             decay = min(self.config.optimizer.ema, (1 + step) / (10 + step))
@@ -292,11 +312,13 @@ class Engine:
         """Writes model/ (a diffusers folder, adapters merged, averaged weights where the run keeps them) and, for a LoRA
         run, adapter/ (the adapters alone, as peft and diffusers read them)."""
         target = self.folder.path / "model"
+        of_8_bits = self.config.model.base in LARGEST  # its weights are those of the file
         with self.weights.using("ema" if "ema" in self.weights.copies else None):
-            state = {k: whole(v) for k, v in self.model.state_dict().items()}
+            wholes = self.sharding.wholes(self.model.state_dict(), ".lora_" if of_8_bits else "")
+            state = {name: tensor.cpu().clone() for name, tensor in wholes if self.ranks.first}
         if self.ranks.first:
             lora = self.config.model.lora
-            if self.config.model.base in LARGEST:
+            if of_8_bits:
                 state = with_base(state, read_weights(find_model(self.config.model.path), self.config.model.variant))
             if lora.rank:
                 adapter = self.folder.path / "adapter"
@@ -312,7 +334,7 @@ class Engine:
 # what a run that is continued may change: nothing that a step's numbers depend on (optimizer.impl: by more than rounding)
 FREE_KEYS = (
     "run.out", "run.keep", "run.tracker", "run.report", "run.checkpoint_every", "run.samples_every", "optimizer.max_skipped",
-    "optimizer.impl", "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in (*Remote.model_fields, "device")),
+    "optimizer.impl", "parallel", "advantage.max_failed", "scoring", *(f"rewards.*.{name}" for name in (*Remote.model_fields, "device")),
 )  # fmt: skip
 RISING_KEYS = ("run.steps",)
 

@@ -32,7 +32,7 @@ from qirl.curation.probe import batches, candidates
 from qirl.data.prompts import Prompt
 from qirl.data.sampler import PromptSampler
 from qirl.distillation.costs import distillation
-from qirl.engine import DTYPES, model_config
+from qirl.engine import DTYPES, model_config, parallel_of
 from qirl.errors import UserError
 from qirl.families import Family, Sketched, targets_of
 from qirl.flow.rollout import with_negatives
@@ -42,7 +42,9 @@ from qirl.models.lora import add_lora
 from qirl.models.quantised import LARGEST, quantise
 from qirl.models.weights import check_weights, new_model
 from qirl.packing import Target, cut, pack
-from qirl.parallel.data import run_device
+from qirl.parallel.apply import sharding_of
+from qirl.parallel.data import Ranks, run_device
+from qirl.parallel.mesh import Axis, Degrees
 from qirl.policy.packs import Layout, Pair, lay_out
 from qirl.rewards.costs import reward_bytes
 from qirl.world import World, make_world
@@ -72,27 +74,28 @@ def meta_model(config: Section, world: World) -> Transformer:
 def plan(config: Section, world_size: int = 1) -> dict:
     """{"config", "world_size", "parameters", "tokens", "flops", "memory"} of a run on `world_size` ranks.
 
-    tokens: one rank's packs of the first step. flops: of a step (evaluate, curate, calibrate: of the whole), all ranks together.
+    tokens: one data parallel rank's packs of the first step. flops: of a step (evaluate, curate, calibrate: of the whole), all ranks together.
     memory: bytes per rank; what is called "host ..." waits in host memory and is not in the total.
     Raises UserError for a model that is missing or does not fit, and budgets too small.
     """
     if isinstance(config, EvaluateConfig) and config.evaluation.models:
         return _plan_of_models(config)
-    world_size = 1 if isinstance(config, DRAWING) else world_size
+    layout = Degrees() if isinstance(config, DRAWING) else Degrees.of(parallel_of(config), world_size)
     world = make_world(config.world, config.model)
     world = replace(world, family=Sketched(world.family))
     model = meta_model(config, world)
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trainable = 0 if isinstance(config, DRAWING) else trainable
-    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    layout.check(model.config)
+    total, trainable, _ = _counts(config, model)
     work = {
         PretrainConfig: _pretrain, TrainConfig: _train, DistillConfig: distillation, EvaluateConfig: _evaluate,
         CurateConfig: _probe, CalibrateConfig: _probe,
     }[type(config)]  # fmt: skip
-    tokens, flops, memory = work(config, world, model, world_size)
+    tokens, flops, memory = work(config, world, model, layout.dp)
+    sharding = sharding_of(model.config, Ranks(tp=Axis(size=layout.tp)))
+    for adapters in (False, True):
+        sharding.cut(model, adapters)
     memory = {
-        **_weights_memory(config, total, trainable, frozen, world_size),
+        **_weights_memory(config, *_counts(config, model), layout.dp),
         **_eight_bits(config, model),
         **memory,
         **_images_memory(config, world),
@@ -100,12 +103,19 @@ def plan(config: Section, world_size: int = 1) -> dict:
     memory |= reward_bytes(getattr(config, "rewards", {}))
     return {
         "config": to_dict(config),
-        "world_size": world_size,
+        "world_size": layout.dp * layout.tp,
         "parameters": {"total": total, "trainable": trainable},
         "tokens": tokens,
-        "flops": {name: (count * world_size).as_dict() for name, count in flops.items()},
+        "flops": {name: (count * layout.dp).as_dict() for name, count in flops.items()},
         "memory": {**memory, "total": _peak(memory)},
     }
+
+
+def _counts(config: Section, model: torch.nn.Module) -> tuple[int, int, int]:
+    """Parameters, trained ones, and bytes of those that are not."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad and not isinstance(config, DRAWING)]
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    return sum(p.numel() for p in model.parameters()), sum(trained), frozen
 
 
 def _peak(memory: dict[str, int]) -> int:

@@ -18,7 +18,7 @@ from qirl.families import largest_target
 from qirl.kernels.philox import DATA, LOSS, NODES, normal, stream, uniform
 from qirl.kernels.velocity_match import velocity_match
 from qirl.packing import Target, cut, pack, send
-from qirl.parallel.data import agree, world_size
+from qirl.parallel.data import agree, data_ranks
 from qirl.world import World, make_world
 
 
@@ -27,9 +27,9 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Engine:
 
     Raises UserError for a config or a folder that does not fit; SystemExit 143 after a SIGTERM, on a checkpoint.
     """
-    if config.pretrain.batch < world_size():
+    if config.pretrain.batch < (groups := data_ranks(config.parallel)):
         raise UserError(
-            f"pretrain.batch={config.pretrain.batch} is smaller than the {world_size()} ranks; use {world_size()} or more"
+            f"pretrain.batch={config.pretrain.batch} is smaller than the {groups} ranks; use {groups} or more"
         )
     world = make_world(config.world, config.model, config.run.device)
     prompts = world.data.prompts("train", config.world.prompts)
@@ -76,8 +76,7 @@ def train_step(engine: Engine, world: World, step: int) -> dict:
             micro_step(engine, conditions, sizes, draws.rows(members), members, x0, t, place < len(packs))
             / options.batch
         )
-    if ranks.world > 1:
-        torch.distributed.all_reduce(total)
+    ranks.data.all_reduce(total)
     outcome = engine.outcome(step, [engine.update(step)])
     seconds = time.monotonic() - begun
     return {

@@ -69,6 +69,7 @@ KEYS = {
     "scoring": "workers timeout retries backoff",
     "composition": "layers failing cap gates gated",
     "advantage": "convention weights category_weights calibration floor clip max_failed shuffle",
+    "parallel": "dp tp sequence pp cp",
     "optimizer": "kind impl lr warmup decay betas eps weight_decay clip ema max_skipped",
     "guidance": "scope form",
     "policy": "loss prompts group refill",
@@ -110,6 +111,7 @@ def test_the_options_do_not_drift():
         if k.split(".")[0].strip() not in ("guidance", "policy", "rewards", "scoring", "composition", "advantage")
     }
     assert [n for n, *_ in describe("pretrain")] == names(shared | {"pretrain": OTHERS["pretrain"]})
+    shared = {k: v for k, v in shared.items() if k != "parallel"}
     assert [n for n, *_ in describe("distill")] == names(shared | DISTILL)
     shared = {k: v for k, v in shared.items() if k != "optimizer"}
     assert [n for n, *_ in describe("evaluate")] == names(

@@ -158,8 +158,6 @@ def observe(config, reward: str | None) -> dict:
 
     Everything is whole and in global order, so that it can be compared between numbers of ranks.
     """
-    import torch.distributed as dist
-
     base = importlib.import_module("qirl.pretraining")
     from qirl.policy import trainer as training
 
@@ -170,7 +168,7 @@ def observe(config, reward: str | None) -> dict:
 
         def watched(number):
             grads = {n: p.grad for n, p in engine.weights.current.items() if p.grad is not None}
-            seen["gradients"].append({n: full(g) for n, g in grads.items()})
+            seen["gradients"].append({n: g.clone() for n, g in engine.sharding.wholes(grads)})
             return step(number)
 
         engine.optimizer.step = watched
@@ -213,13 +211,10 @@ def observe(config, reward: str | None) -> dict:
     trainer = seen.pop("trainer")
     exp, _ = training.sample(trainer, trainer.prompts.step(99, config.policy.prompts), 99)
     own = list(zip(exp.ids.tolist(), exp.x0, strict=True))
-    parts, packs = [own], [seen["packs"]]
-    if trainer.engine.ranks.world > 1:
-        parts, packs = [None] * trainer.engine.ranks.world, [None] * trainer.engine.ranks.world
-        dist.all_gather_object(parts, own)
-        dist.all_gather_object(packs, seen["packs"])
+    data = trainer.engine.ranks.data
+    parts, packs = data.gather_objects(own), data.gather_objects(seen["packs"])
     latents = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
-    return {**seen, "packs": packs, "latents": torch.stack([x for _, x in latents])}
+    return {**seen, "packs": packs, "latents": torch.cat([x for _, x in latents])}
 
 
 def observe_all(cases: dict, out: Path) -> None:

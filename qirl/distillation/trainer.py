@@ -168,9 +168,7 @@ def accumulate(distiller: Distiller, lesson: Lesson, name: str) -> torch.Tensor:
     for place, (pack, schedule) in enumerate(zip(packs, schedules, strict=True)):
         weight = 1 / pairs if place < live else 0.0
         total += sweep(engine.runner, guide, pack, config.flow, options, weight, distiller.base, schedule)
-    if engine.ranks.world > 1:
-        torch.distributed.all_reduce(total)
-    return total
+    return engine.ranks.data.all_reduce(total)
 
 
 def agree_on_schedules(schedules: list[list[tuple[bool, bool]]], ranks) -> list[list[tuple[bool, bool]]]:
@@ -178,5 +176,5 @@ def agree_on_schedules(schedules: list[list[tuple[bool, bool]]], ranks) -> list[
     if ranks.world == 1:
         return schedules
     table = torch.tensor(schedules, dtype=torch.int64, device=ranks.device)
-    torch.distributed.all_reduce(table, torch.distributed.ReduceOp.MAX)
+    ranks.data.all_reduce(table, torch.distributed.ReduceOp.MAX)
     return [[(bool(a), bool(b)) for a, b in nodes] for nodes in table.tolist()]

@@ -47,17 +47,19 @@ class StepScores:
         drawn = [sample for sample in samples if not sample.failed]
         self.edits += sum(sample.task == "edit" for sample in drawn)
         self.copies += int(copies(drawn).sum())
-        self.trainer.scorer.submit(samples)
+        if self.trainer.engine.ranks.tp.rank == 0:  # ranks that share a model have the same images
+            self.trainer.scorer.submit(samples)
 
     def collect(self, ids: torch.Tensor) -> tuple[list[Scores], list[np.ndarray], dict[str, float]]:
         """Scores and images of the samples `ids`, and the scorer's metrics. Raises the UserError of any rank on all."""
         share_known(self.trainer)
         try:
-            scores, record = self.trainer.scorer.collect()
+            found = self.trainer.scorer.collect()
         except UserError as error:
-            if self.trainer.engine.ranks.world == 1:
+            if self.trainer.engine.ranks.alone:
                 raise
-            scores, record = error, {}
+            found = error, {}
+        scores, record = self.trainer.engine.ranks.tp.gather_objects(found)[0]
         edited, copied, self.lost = agree_on_scores(self.trainer, scores, (self.edits, self.copies, self.lost))
         if self.lost:
             record["scoring/not_finite"] = self.lost
@@ -79,10 +81,7 @@ def share_known(trainer) -> None:
         own = None, scorer.known, scorer.scored, declared_noise(trainer.rewards)
     except UserError as error:
         own = str(error), [], set(), {}
-    parts = [own]
-    if ranks.world > 1:
-        parts = [None] * ranks.world
-        torch.distributed.all_gather_object(parts, own)
+    parts = ranks.data.gather_objects(ranks.tp.gather_objects(own)[0])
     if errors := [error for error, *_ in parts if error]:
         raise UserError(errors[0])
     before = notes.get("known", [()] * len(scorer.known))
@@ -156,9 +155,8 @@ def agree_on_scores(trainer, scores: list[Scores] | UserError, counts: tuple[int
     """
     failed = str(scores) if isinstance(scores, UserError) else None
     names = set(trainer.components) | ({name for own in scores for name in own} if failed is None else set())
-    if trainer.engine.ranks.world > 1:
-        parts = [None] * trainer.engine.ranks.world
-        torch.distributed.all_gather_object(parts, (sorted(names), failed, counts))
+    if not trainer.engine.ranks.alone:
+        parts = trainer.engine.ranks.data.gather_objects((sorted(names), failed, counts))
         if errors := [error for _, error, _ in parts if error]:
             raise UserError(errors[0])
         names = {name for part, _, _ in parts for name in part}

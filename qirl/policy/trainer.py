@@ -22,7 +22,7 @@ from qirl.families import Family, largest_sample, largest_target, targets_of
 from qirl.flow.rollout import grids, without_failed
 from qirl.kernels.philox import stream
 from qirl.models.folders import find_model, world_facts
-from qirl.parallel.data import agree, gather_rows, world_size
+from qirl.parallel.data import agree, data_ranks, gather_rows
 from qirl.policy import monitor
 from qirl.policy.advantages import (
     advantages,
@@ -107,7 +107,7 @@ def open_trainer(config: TrainConfig, rewards: Sequence[Reward]) -> Trainer:
             f"flow.guidance={config.flow.guidance} needs an unconditional embedding and {config.model.path} was trained "
             "without one (pretrain.drop_condition=0); set flow.guidance=1"
         )
-    share, ranks = config.policy.prompts // config.policy.minibatches, world_size()
+    share, ranks = config.policy.prompts // config.policy.minibatches, data_ranks(config.parallel)
     if share % ranks:
         raise UserError(
             f"policy.prompts / policy.minibatches = {share} is not a multiple of the {ranks} ranks; "
@@ -312,8 +312,7 @@ def _check_drift(trainer: Trainer, parts: Parts) -> None:
     ]
     every = torch.cat(values).double()
     total = torch.stack([every.sum(), torch.full_like(every, 1).sum()])
-    if trainer.engine.ranks.world > 1:  # ranks start together or not at all
-        torch.distributed.all_reduce(total)
+    total = trainer.engine.ranks.data.all_reduce(total)  # ranks start together or not at all
     mean = float(total[0] / total[1])
     limit = (
         1e-6

@@ -101,7 +101,7 @@ class Judge:
             raise UserError(f"{options.records} has no record of split train")
         if options.loss == "pairwise" and not any(len({r.score for r in own}) > 1 for own in learned):
             raise UserError(f"{options.records}: no prompt has two scores to compare; use judge.loss=pointwise")
-        model = lambda device, master: build(options, config.run.seed).to(device, master)  # noqa: E731
+        model = lambda sharding, master: build(options, config.run.seed).to(sharding.ranks.device, master)  # noqa: E731
         engine = Engine.around(model, config, options.dtype, blocks=blocks_of)
         if engine.ranks.first and missing:
             (engine.folder.path / "missing.txt").write_text("\n".join(missing) + "\n")
@@ -137,8 +137,7 @@ class Judge:
             parts = self.losses(passes[place % len(passes)], *counts) * (1.0 if place < len(passes) else 0.0)
             parts.sum().backward()
             total += parts.detach().double()
-        if ranks.world > 1:
-            torch.distributed.all_reduce(total)
+        ranks.data.all_reduce(total)
         outcome = self.engine.outcome(step, [self.engine.update(step)])
         score, language = total.tolist()
         return {
