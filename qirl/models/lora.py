@@ -137,7 +137,7 @@ def with_base(state: dict[str, torch.Tensor], weights: Iterable[tuple[str, torch
     for name, value in weights:
         stem, _, kind = name.rpartition(".")
         adapted = f"{stem}.base_layer.{kind}"
-        found[adapted if adapted in state else name] = value
+        found[adapted if f"{stem}.lora_A.default.weight" in state else name] = value
     return found
 
 
