@@ -14,11 +14,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qirl.errors import UserError
 from qirl.kernels.quantise_rows import quantise_rows
+from qirl.models.linear import WholeProducts, run_products, switched
 from qirl.models.quantised import FrozenLinear, linears_of
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -51,11 +51,7 @@ class Fp8Linear(nn.Linear):
 
     @staticmethod
     def together(x: torch.Tensor, layers: Sequence[Fp8Linear]) -> Sequence[torch.Tensor]:
-        trained = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
-        return _Fp8.apply(x, Fp8Products(layers), *trained)
-
-    def products(layers):  # noqa: N805  a kind of qirl.models.linear
-        return Fp8Products(layers)
+        return run_products(x, Fp8Products(layers), layers)
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """e4m3 [out, in] and its scale float32 [1, out]."""
@@ -74,15 +70,14 @@ class Fp8Linear(nn.Linear):
         return self.kept[name][1]
 
 
-class Fp8Products:
-    """Products of layers that share x; see qirl.models.linear."""
+class Fp8Products(WholeProducts):
+    """Products of layers that share x, in 8 bits; see qirl.models.linear."""
 
-    def __init__(self, layers: Sequence[Fp8Linear]):
-        self.layers = layers
+    layers: Sequence[Fp8Linear]
 
     def forward(self, x):
         if self.layers[0].exact or not len(x):
-            return [F.linear(x, layer.whole(x.dtype), layer.bias) for layer in self.layers]
+            return super().forward(x)
         values, scale = quantise_rows([x], FORWARD)
         outs = []
         for layer in self.layers:
@@ -93,7 +88,7 @@ class Fp8Products:
 
     def backward(self, grads):
         if self.layers[0].exact or not len(grads[0]):
-            return sum(grad @ layer.whole(grad.dtype) for grad, layer in zip(grads, self.layers, strict=True))
+            return super().backward(grads)
         values, scale = quantise_rows(grads, BACKWARD)
         weight, unit = self.layers[0].keep(len(self.layers), self._columns)
         return _product(values, weight, scale, unit, grads[0].dtype)
@@ -103,6 +98,9 @@ class Fp8Products:
         dtype = torch.bfloat16 if self.layers[0].bits else self.layers[0].weight.dtype
         values, scale = quantise_rows([layer.whole(dtype).T.contiguous() for layer in self.layers], FORWARD)
         return values, scale.T
+
+
+Fp8Linear.products = Fp8Products  # of qirl.models.linear
 
 
 def _product(values, weight, scale, unit, dtype) -> torch.Tensor:
@@ -122,27 +120,6 @@ def _rows_on_cpu() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-class _Fp8(torch.autograd.Function):
-    """Layers without adapters: the gradient of x in 8 bits, those of trained weights and biases in x's dtype."""
-
-    @staticmethod
-    def forward(ctx, x, products, *trained):
-        ctx.products = products
-        ctx.save_for_backward(*([x] if trained else []))
-        return tuple(products.forward(x))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        of_x = ctx.products.backward(grads) if ctx.needs_input_grad[0] else None
-        own = []
-        for grad, layer in zip(grads, ctx.products.layers, strict=True):
-            if layer.weight.requires_grad:
-                own.append(grad.T @ ctx.saved_tensors[0])
-            if layer.bias is not None and layer.bias.requires_grad:
-                own.append(grad.sum(0))
-        return of_x, None, *own
 
 
 def use_fp8(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -192,25 +169,15 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
 def held(model: nn.Module):
     """Weights do not change inside the block: trained ones are quantised once too."""
     layers = [m for m in model.modules() if isinstance(m, Fp8Linear)]
-    for layer in layers:
-        layer.held = True
     try:
-        yield
+        with switched(layers, "held", True):
+            yield
     finally:
         for layer in layers:
-            layer.held = False
             if layer.weight.requires_grad:
                 layer.kept.clear()
 
 
-@contextlib.contextmanager
-def exact(model: nn.Module):
+def exact(model: nn.Module) -> contextlib.AbstractContextManager:
     """Inside the block all products are in the model's dtype: what 8 bits are compared with."""
-    layers = [m for m in model.modules() if hasattr(m, "exact")]
-    for layer in layers:
-        layer.exact = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.exact = False
+    return switched((m for m in model.modules() if hasattr(m, "exact")), "exact", True)

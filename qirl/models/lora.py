@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qirl.errors import UserError, nearest
-from qirl.models.linear import products_of, together
+from qirl.models.linear import products_of, switched, together
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "gate_layer", "out")
 
@@ -118,17 +118,9 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
             )
 
 
-@contextlib.contextmanager
-def adapter_off(model: nn.Module):
+def adapter_off(model: nn.Module) -> contextlib.AbstractContextManager:
     """The frozen base, inside the block."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
+    return switched((m for m in model.modules() if isinstance(m, LoraLinear)), "enabled", False)
 
 
 def with_base(state: dict[str, torch.Tensor], weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -7,11 +7,12 @@ and 1/16 of itself in e4m3. Exports merge adapters into the weights of the file,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from qirl.models.linear import WholeProducts, run_products
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -21,6 +22,8 @@ class FrozenLinear(nn.Linear):
 
     weight: int8, or the bits of float8 e4m3 as uint8, which FSDP gathers as they are. scale: float32 [out, 1].
     """
+
+    products = WholeProducts  # of qirl.models.linear
 
     def __init__(self, linear: nn.Linear, kind: str):
         nn.Module.__init__(self)
@@ -45,37 +48,12 @@ class FrozenLinear(nn.Linear):
         return dequantised(self.weight, self.scale, self.kind, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Frozen.apply(x, self.products([self]))
-
-    class products:  # of qirl.models.linear
-        """Products with the weights that the 8 bits stand for, made anew for the forward and the backward."""
-
-        def __init__(self, layers: Sequence[FrozenLinear]):
-            self.layers = layers
-
-        def forward(self, x):
-            return [F.linear(x, layer.whole(x.dtype), layer.bias) for layer in self.layers]
-
-        def backward(self, grads):
-            return sum(grad @ layer.whole(grad.dtype) for grad, layer in zip(grads, self.layers, strict=True))
+        return run_products(x, self.products([self]), [self])[0]
 
 
 def dequantised(bits: torch.Tensor, scale: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     values = bits if kind == "int8" else bits.view(torch.float8_e4m3fn)
     return values.to(dtype) * scale.to(dtype)
-
-
-class _Frozen(torch.autograd.Function):
-    """One layer's product, which keeps nothing for the backward: the weights take no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, products):
-        ctx.products = products
-        return products.forward(x)[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.products.backward([grad]), None
 
 
 def quantise(model: nn.Module, kind: str) -> None:
